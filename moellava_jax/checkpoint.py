@@ -14,6 +14,7 @@ are complete, so a kill at any moment leaves the previous state.
 from collections.abc import Callable
 import hashlib
 import json
+import math
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -83,19 +84,32 @@ def abstract(
   )
 
 
-def _save(path: epath.Path, tree: Any) -> None:
-  # Orbax holds copies of what it is about to write: no more than it must.
-  largest = max((x.nbytes for x in trees.flatten(tree).values()), default=0)
-  handler = ocp.StandardCheckpointHandler(
-      save_concurrent_gb=1 + int(largest / 1e9)
+def _checkpointer(tree: Any) -> ocp.Checkpointer:
+  """Orbax, holding no more copies of arrays than the largest of `tree` needs.
+
+  It would hold a second model otherwise. It takes fractions of a gigabyte,
+  whatever the annotation says.
+  """
+  sizes = [
+      math.prod(x.shape) * x.dtype.itemsize
+      for x in trees.flatten(tree).values()
+  ]
+  limit: Any = (max(sizes, default=0) + (1 << 20)) / 1e9
+  return ocp.Checkpointer(
+      ocp.StandardCheckpointHandler(
+          save_concurrent_gb=limit, restore_concurrent_gb=limit
+      )
   )
-  with ocp.Checkpointer(handler) as checkpointer:
+
+
+def _save(path: epath.Path, tree: Any) -> None:
+  with _checkpointer(tree) as checkpointer:
     checkpointer.save(path, args=ocp.args.StandardSave(tree), force=True)
 
 
 def _restore(path: epath.Path, abstract: Any) -> Any:
-  with ocp.StandardCheckpointer() as checkpointer:
-    return checkpointer.restore(path, abstract)
+  with _checkpointer(abstract) as checkpointer:
+    return checkpointer.restore(path, args=ocp.args.StandardRestore(abstract))
 
 
 def write_json(path: Any, value: Any) -> None:

@@ -160,10 +160,9 @@ def import_model(
           f'{words} has {size} ids, but the model {model.llm.vocab_size} rows of'
           ' vocabulary; it is the tokenizer of another model'
       )
-    # On the host, but as arrays of JAX: Orbax copies all of NumPy's at once.
-    host = jax.local_devices(backend='cpu')[0]
+    # As arrays of JAX: Orbax copies all of NumPy's at once.
     params = trees.unflatten(
-        {name: jax.device_put(x, host) for name, x in opened.read()}
+        {name: jax.device_put(x, _host()) for name, x in opened.read()}
     )
     checkpoint.write_final(
         path, params, cfg, stage, {'source': source}, lambda _: None
@@ -182,6 +181,11 @@ def _with_template(
   )
 
 
+def _host() -> Any:
+  """Where weights are converted, whatever accelerator there is."""
+  return jax.local_devices(backend='cpu')[0]
+
+
 class _Ours(NamedTuple):
   """A checkpoint of ours, ready to be written in another layout."""
 
@@ -196,7 +200,8 @@ class _Ours(NamedTuple):
 
 
 def _load(source: str) -> _Ours:
-  found = checkpoint.load(source)
+  host = jax.sharding.SingleDeviceSharding(_host())
+  found = checkpoint.load(source, default=host)
   return _Ours(
       trees.flatten(found.params),
       found.config.stage_model(found.stage),
