@@ -126,12 +126,43 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
+def rows_of_process(mesh: Mesh, batch_size: int) -> np.ndarray:
+  """The rows of a global batch that the devices of this process hold."""
+  places = of_batch(mesh).addressable_devices_indices_map((batch_size,))
+  held = {
+      row for (part,) in places.values() for row in _range(part, batch_size)
+  }
+  return np.array(sorted(held))
+
+
+def _range(part: slice, size: int) -> range:
+  return range(*part.indices(size))
+
+
 def put_batch(batch: Any, mesh: Mesh) -> Any:
-  """Host arrays of this process -> global arrays split over the mesh."""
+  """Host arrays of this process -> global arrays split over the mesh.
+
+  Args:
+    batch: arrays `[rows, ...]` of the rows `rows_of_process`.
+    mesh: the mesh.
+  """
   sharding = of_batch(mesh)
-  return jax.tree.map(
-      lambda x: jax.make_array_from_process_local_data(sharding, x), batch
-  )
+  divisor = batch_divisor(mesh)
+  part = len(rows_of_process(mesh, divisor))
+
+  def put(x):
+    count = len(x) * divisor // part
+    rows = rows_of_process(mesh, count)
+
+    def local(index):
+      first = _range(index[0], count)[0]
+      begin = int(np.searchsorted(rows, first))
+      return x[begin : begin + len(_range(index[0], count))]
+
+    shape = (count, *x.shape[1:])
+    return jax.make_array_from_callback(shape, sharding, local)
+
+  return jax.tree.map(put, batch)
 
 
 def batch_divisor(mesh: Mesh) -> int:

@@ -74,7 +74,7 @@ def batches(
   )
   examples = pipeline.Examples(rows, images_root, fmt, chat.tokenizer)
   yield from pipeline.eval_batches(
-      examples, batch_size, len(rows), process=0, processes=1
+      examples, batch_size, len(rows), share=np.arange(batch_size)
   )
 
 

@@ -9,7 +9,7 @@ pipeline is the integer n.
 from collections import Counter
 from collections.abc import Iterator, Sequence
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 import zlib
 
 import numpy as np
@@ -209,22 +209,11 @@ def pad_row(example: Example | None, fmt: Format, store) -> batch_lib.Batch:
   )
 
 
-def stack(rows: Sequence[batch_lib.Batch]) -> batch_lib.Batch:
-  """Rows -> batch.
-
-  Raises:
-    DataError: no row has a target: the step would have no loss.
-  """
-  batch = batch_lib.Batch(
+def stack(rows: Sequence[Any]) -> batch_lib.Batch:
+  """Rows (each a `Batch` without its leading axis) -> batch."""
+  return batch_lib.Batch(
       *(np.stack(field) for field in zip(*rows, strict=True))
   )
-  if not batch.loss_weight_BT.any():
-    raise sources.DataError(
-        'A batch has no target token: no answer of its'
-        f' {len(rows)} rows lies within row_length={batch.tokens_BT.shape[1]}.'
-        ' Check the template and the row length.'
-    )
-  return batch
 
 
 class Examples:
@@ -319,29 +308,27 @@ def train_batches(
     seed: int,
     start: int,
     *,
-    process: int,
-    processes: int,
+    share: np.ndarray,
 ) -> Iterator[batch_lib.Batch]:
   """Endless shuffled batches from step `start` on.
 
   Args:
     examples: the data of the stage.
-    batch_size: rows of a global batch; each process gets its share.
+    batch_size: rows of a global batch.
     seed: decides the order; every epoch has its own.
     start: batches to skip, without reading them.
-    process: number of this process.
-    processes: how many there are.
+    share: which rows of a global batch this process reads, in order. Whatever
+      the number of processes, a global batch is the same.
   """
   import grain
 
   data = examples.format.data
-  dataset = (
-      grain.MapDataset.source(examples)
-      .seed(seed)
-      .shuffle()
-      .repeat(None)[process::processes]
-      .batch(batch_size // processes, batch_fn=stack)
-  )
+  rows = grain.MapDataset.source(examples).seed(seed).shuffle().repeat(None)
+
+  def batch(step: int) -> batch_lib.Batch:
+    return stack([rows[step * batch_size + int(row)] for row in share])
+
+  dataset = grain.MapDataset.range(len(rows) // batch_size).map(batch)
   iterator = iter(
       dataset.to_iter_dataset(
           grain.ReadOptions(
@@ -355,20 +342,19 @@ def train_batches(
 
 
 def eval_batches(
-    examples: Examples, batch_size: int, count: int, *, process, processes
+    examples: Examples, batch_size: int, count: int, *, share: np.ndarray
 ) -> list[batch_lib.Batch]:
-  """The first `count` batches in order; the last one is filled with empties."""
-  share = batch_size // processes
+  """The first `count` batches in order; the last one is filled with empties.
+
+  Of each batch, the rows `share`.
+  """
   batches = []
   for n in range(min(count, -(-len(examples) // batch_size))):
-    first = n * batch_size + process * share
     rows = [
         examples[i]
         if i < len(examples)
         else pad_row(None, examples.format, None)
-        for i in range(first, first + share)
+        for i in (n * batch_size + int(row) for row in share)
     ]
-    batches.append(
-        batch_lib.Batch(*(np.stack(field) for field in zip(*rows, strict=True)))
-    )
+    batches.append(stack(rows))
   return batches

@@ -35,6 +35,16 @@ def _initialiser(model: llava.Llava, probe_sizes: tuple[int, ...] | None):
   return fresh
 
 
+def abstract(
+    model: llava.Llava, probe_sizes: tuple[int, ...] | None = None
+) -> Any:
+  """Shape and dtype of every parameter of the model."""
+  initialise = _initialiser(model, probe_sizes)
+  return jax.eval_shape(
+      lambda rng: nn.unbox(initialise(rng)), jax.random.key(0)
+  )
+
+
 def shardings(
     model: llava.Llava, mesh, probe_sizes: tuple[int, ...] | None = None
 ) -> Any:
@@ -134,9 +144,7 @@ def first_params(
     params = _imported(cfg, stage, model, layout, seed)
   else:
     params = _as_float32(checkpoint.load(origin, layout).params)
-  expected = jax.eval_shape(
-      lambda rng: nn.unbox(_initialiser(model, None)(rng)), jax.random.key(0)
-  )
+  expected = abstract(model)
   if model.cfg.moe is not None and not _is_sparse(params):
     initialise = _initialiser(model, None)
     copy_experts = model.cfg.moe.upcycle == 'copy'

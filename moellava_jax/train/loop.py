@@ -10,15 +10,12 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import optax
 
 from moellava_jax import checkpoint, config, sharding, trees
-from moellava_jax.data import pipeline, shapes
-from moellava_jax.model import llava
-from moellava_jax.train import about, diagnose, init, inputs, optimizer, stages
+from moellava_jax.data import pipeline, sources
+from moellava_jax.train import about, diagnose, init, inputs, program
 from moellava_jax.train import metrics as metrics_lib
 from moellava_jax.train import state as state_lib
-from moellava_jax.train import step as step_lib
 
 MAX_STREAK = 10  # Non-finite steps in a row that end a run.
 
@@ -28,7 +25,6 @@ class Pending(NamedTuple):
 
   step: int
   metrics: dict[str, Any]  # On the device.
-  sample_ids: np.ndarray
   batch: Any  # On the device; never donated.
   eval_loss: float | None
 
@@ -120,14 +116,10 @@ class _StageRun:
     self._section = cfg.stage(stage)
     self._began = time.monotonic()
     self._tokenizer = data.tokenizer
-    model_cfg = cfg.stage_model(stage)
-    self._model = llava.Llava(model_cfg)
     self._layers = ()
+    model_cfg = cfg.stage_model(stage)
     if model_cfg.moe is not None:
       self._layers = model_cfg.moe.layer_ids(model_cfg.llm.depth)
-    self._probe_sizes = None
-    if stage == 'warmup':
-      self._probe_sizes = tuple(size for _, size in shapes.ATTRIBUTES)
     self._examples = data.examples[stage]
     self._eval_batches = []
     if stage in data.held_out:
@@ -135,30 +127,27 @@ class _StageRun:
           data.held_out[stage],
           self._section.batch_size,
           self._section.eval_batches,
-          process=jax.process_index(),
-          processes=jax.process_count(),
+          share=self._share(),
       )
     rows = self._section.epochs * len(self._examples)
     self._steps: int = self._section.steps or math.ceil(
         rows / self._section.batch_size
     )
-    self._rate = optimizer.schedule(
-        self._section.lr, self._steps, cfg.optimizer.warmup_ratio
-    )
+    self._program = program.Program(cfg, stage, mesh, self._steps)
     self._checkpoints = checkpoint.Stage(cfg.workdir, stage, cfg.checkpoint)
 
   def train(self) -> None:
     """Runs the stage to its end and writes `final/`."""
     state, frozen, first = self._restore_or_start()
     self._writer = metrics_lib.Writer(self._cfg.workdir, self._stage, first)
-    train_step, eval_step = self._compile(state, frozen)
+    train_step = self._program.train_step(state, frozen)
+    eval_step = self._program.eval_step(state, frozen)
     batches = pipeline.train_batches(
         self._examples,
         self._section.batch_size,
         self._cfg.seed * len(config.STAGES) + config.STAGES.index(self._stage),
         first,
-        process=jax.process_index(),
-        processes=jax.process_count(),
+        share=self._share(),
     )
     display = metrics_lib.Display(
         self._stage, first, self._steps, self._cfg.log_every
@@ -173,7 +162,7 @@ class _StageRun:
         # The record of a step is made while the next one runs.
         if pending is not None:
           self._log(display, pending, state, frozen)
-        pending = Pending(step, metrics, batch.ids_B, rows, None)
+        pending = Pending(step, metrics, rows, None)
         last = step == self._steps
         saves = last or step % self._cfg.checkpoint.every == 0
         if self._eval_batches and (
@@ -202,103 +191,34 @@ class _StageRun:
     latest = self._checkpoints.latest_step()
     if latest is None:
       params = init.first_params(
-          self._cfg, self._stage, self._model, self._mesh, self._probe_sizes
+          self._cfg,
+          self._stage,
+          self._program.model,
+          self._mesh,
+          self._program.probe_sizes,
       )
-      trained, frozen = trees.split(params, stages.mask(params, self._stage))
-      self._tx = self._make_tx(trained)
+      trained, frozen = self._program.split(params)
       self._frozen_hash = self._checkpoints.save_frozen(frozen)
-      zero = checkpoint.replicate_scalar(0, sharding.replicated(self._mesh))
-      # Three arrays, not one thrice: the state is donated.
-      state = state_lib.TrainState(
-          zero, trained, self._init_optimizer(trained), zero + 0, zero + 0
-      )
       self._before = 0.0
-      return state, frozen, 0
+      return self._program.init_state(trained), frozen, 0
     meta = self._checkpoints.read_meta(latest)
     print(f'{self._stage}: going on after step {latest}', flush=True)
     self._frozen_hash = meta['frozen']
-    params_sharding = trees.flatten(
-        init.shardings(self._model, self._mesh, self._probe_sizes)
-    )
     frozen = checkpoint.load_frozen(
-        self._cfg.workdir, meta['frozen'], params_sharding
+        self._cfg.workdir,
+        meta['frozen'],
+        trees.flatten(self._program.shardings),
     )
-    abstract = checkpoint.abstract(meta['trained'], params_sharding)
-    self._tx = self._make_tx(abstract)
-    optimizer_like = self._optimizer_like(abstract)
-    trained, rest = self._checkpoints.restore(latest, abstract, optimizer_like)
+    abstract, _ = self._program.split(self._program.abstract_params())
+    like = self._program.abstract_state(abstract)
+    trained, rest = self._checkpoints.restore(latest, abstract, _beside(like))
     self._before = meta['seconds']
     state = state_lib.TrainState(trained=trained, **rest)
     return state, frozen, meta['data']['next_index']
 
-  def _make_tx(self, trained) -> optax.GradientTransformation:
-    return optimizer.make(
-        trained, self._cfg.optimizer, self._section, self._steps
-    )
-
-  def _opt_shardings(self, trained):
-    """Optimizer state lies where the parameter lies that it belongs to."""
-    whole = sharding.replicated(self._mesh)
-    return optax.tree_utils.tree_map_params(
-        self._tx,
-        lambda _, param: param.sharding,
-        jax.eval_shape(self._tx.init, trained),
-        trained,
-        transform_non_params=lambda _: whole,
-    )
-
-  def _init_optimizer(self, trained):
-    return jax.jit(self._tx.init, out_shardings=self._opt_shardings(trained))(
-        trained
-    )
-
-  def _optimizer_like(self, abstract):
-    """Abstract form of what `_save` stores beside the parameters."""
-
-    def like(shape, where):
-      return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where)
-
-    scalar = jax.ShapeDtypeStruct(
-        (), np.int32, sharding=sharding.replicated(self._mesh)
-    )
-    return {
-        'opt_state': jax.tree.map(
-            like,
-            jax.eval_shape(self._tx.init, abstract),
-            self._opt_shardings(abstract),
-        ),
-        'step': scalar,
-        'skipped': scalar,
-        'streak': scalar,
-    }
-
-  def _compile(self, state, frozen):
-    """Jitted (train_step, eval_step), sharded alike on both sides."""
-
-    def where(tree):
-      return jax.tree.map(lambda x: x.sharding, tree)
-
-    rows = sharding.of_batch(self._mesh)
-    step = step_lib.make_train_step(
-        self._model,
-        self._tx,
-        self._rate,
-        self._cfg,
-        self._stage,
-        self._probe_sizes,
-    )
-    train_step = jax.jit(
-        step,
-        in_shardings=(where(state), where(frozen), rows),
-        out_shardings=(where(state), sharding.replicated(self._mesh)),
-        donate_argnums=0,
-    )
-    eval_step = jax.jit(
-        step_lib.make_eval_step(self._model),
-        in_shardings=(where(state.trained), where(frozen), rows),
-        out_shardings=sharding.replicated(self._mesh),
-    )
-    return train_step, eval_step
+  def _share(self) -> np.ndarray:
+    """The rows of a global batch that this process reads."""
+    return sharding.rows_of_process(self._mesh, self._section.batch_size)
 
   def _evaluate(self, eval_step, state, frozen) -> float:
     """Mean held-out loss over targets, routing as in evaluation."""
@@ -319,7 +239,6 @@ class _StageRun:
         self._stage,
         pending.step,
         host,
-        sample_ids=pending.sample_ids,
         seconds=now - self._last,
         count=self._section.accumulate,
         layers=self._layers,
@@ -329,11 +248,20 @@ class _StageRun:
       record['eval_loss'] = pending.eval_loss
     self._writer.write(record)
     display.update(record)
+    if not record['targets']:
+      raise sources.DataError(
+          f'Stage {self._stage!r}: the batch of step {pending.step} has no'
+          f' target token: no answer of its {self._section.batch_size} rows'
+          f' lies within row_length={self._section.row_length}. Check the'
+          ' template and the row length.'
+      )
     if host['streak'] >= MAX_STREAK:
       # Steps that are not finite leave the parameters as they were, so the
       # newest ones will do.
       blame = diagnose.first_bad(
-          self._model, trees.merge(state.trained, frozen), pending.batch
+          self._program.model,
+          trees.merge(state.trained, frozen),
+          pending.batch,
       )
       raise FloatingPointError(
           f'Stage {self._stage!r}: {MAX_STREAK} steps in a row were not'
@@ -348,12 +276,7 @@ class _StageRun:
     self._checkpoints.save(
         step,
         state.trained,
-        {
-            'opt_state': state.opt_state,
-            'step': state.step,
-            'skipped': state.skipped,
-            'streak': state.streak,
-        },
+        _beside(state),
         {
             'stage': self._stage,
             'config': dataclasses.asdict(self._cfg),
@@ -370,10 +293,20 @@ class _StageRun:
         'steps': self._steps,
         'skipped': int(state.skipped),
         'trained_parameters': about.count(state.trained),
-        **about.parameter_counts(params, self._model.cfg),
+        **about.parameter_counts(params, self._program.model.cfg),
         'seconds': self._seconds(),
     }
     self._checkpoints.save_final(
         params, self._cfg, summary, self._tokenizer.save
     )
     self._checkpoints.close()
+
+
+def _beside(state: state_lib.TrainState) -> dict[str, Any]:
+  """What a checkpoint keeps beside the trained parameters."""
+  return {
+      'opt_state': state.opt_state,
+      'step': state.step,
+      'skipped': state.skipped,
+      'streak': state.streak,
+  }

@@ -44,7 +44,6 @@ def step_record(
     step: int,
     metrics: dict[str, Any],
     *,
-    sample_ids: np.ndarray,
     seconds: float,
     count: int,
     layers: tuple[int, ...],
@@ -68,7 +67,7 @@ def step_record(
       'tokens_per_s': float(sums.tokens) / max(seconds, 1e-9),
       'seconds': seconds,
       'skipped': int(metrics['skipped']),
-      'samples': f'{zlib.crc32(np.sort(sample_ids).tobytes()):08x}',
+      'samples': _identity(metrics['ids_B']),
   }
   if stage == 'warmup':
     record['probe_loss'] = float(sums.probe_loss) / count
@@ -81,6 +80,11 @@ def step_record(
         )
     }
   return record
+
+
+def _identity(ids_B: np.ndarray) -> str:
+  """The same for the same rows, in whatever order."""
+  return f'{zlib.crc32(np.sort(ids_B).tobytes()):08x}'
 
 
 class Writer:

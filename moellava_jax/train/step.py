@@ -229,6 +229,7 @@ def make_train_step(
         'skipped': new_state.skipped,
         'streak': new_state.streak,
         'sums': sums,
+        'ids_B': batch.ids_B,
     }
     return new_state, metrics
 

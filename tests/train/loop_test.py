@@ -105,6 +105,19 @@ def test_restart_equals_an_uninterrupted_run(
       np.testing.assert_array_equal(ours[path], theirs[path], err_msg=path)
 
 
+def test_a_batch_without_targets_is_an_error(finished, tmp_path, monkeypatch):
+  stack = loop.pipeline.stack
+
+  def without_targets(rows):
+    batch = stack(rows)
+    return batch._replace(loss_weight_BT=0 * batch.loss_weight_BT)
+
+  monkeypatch.setattr(loop.pipeline, 'stack', without_targets)
+  run = _copy(finished, tmp_path, without=('moe',))
+  with pytest.raises(sources.DataError, match='step 1 has no target token'):
+    loop.run(tiny.train_config(run))
+
+
 def test_running_again_does_nothing(finished, capsys):
   before = _history(finished)
   loop.run(tiny.train_config(finished))

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a stage runs on its devices, and where each array of it lies.
+
+The training loop executes it; `train.plan` only compiles it. Nothing here
+holds or reads weights.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from moellava_jax import checkpoint, config, sharding, trees
+from moellava_jax.data import shapes
+from moellava_jax.model import llava
+from moellava_jax.train import init, optimizer, stages
+from moellava_jax.train import state as state_lib
+from moellava_jax.train import step as step_lib
+
+
+class Program:
+  """The model, the optimizer and the compiled steps of one stage.
+
+  Attributes:
+    model: dense or sparse, as the stage trains it.
+    tx: the optimizer of the trained parameters.
+    rate: its schedule.
+    probe_sizes: classes of the warm-up's attributes; None in other stages.
+  """
+
+  def __init__(self, cfg: config.TrainConfig, stage: str, mesh, steps: int):
+    """Args: `steps` is the length of the stage, for the schedule."""
+    self._cfg, self._stage, self._mesh = cfg, stage, mesh
+    self.model = llava.Llava(cfg.stage_model(stage))
+    self.probe_sizes = None
+    if stage == 'warmup':
+      self.probe_sizes = tuple(size for _, size in shapes.ATTRIBUTES)
+    section = cfg.stage(stage)
+    self.rate = optimizer.schedule(
+        section.lr, steps, cfg.optimizer.warmup_ratio
+    )
+    self.tx: optax.GradientTransformation = optimizer.make(
+        self.split(self.shardings)[0], cfg.optimizer, section, steps
+    )
+
+  @functools.cached_property
+  def shardings(self) -> Any:
+    """The sharding of every parameter, trained or not."""
+    return init.shardings(self.model, self._mesh, self.probe_sizes)
+
+  def split(self, params: Any) -> tuple[Any, Any]:
+    """(trained, frozen) parts of a tree of all parameters."""
+    return trees.split(params, stages.mask(params, self._stage))
+
+  def abstract_params(self) -> Any:
+    """Shape, dtype and sharding of every parameter."""
+    return jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+        init.abstract(self.model, self.probe_sizes),
+        self.shardings,
+    )
+
+  def init_state(self, trained: Any) -> state_lib.TrainState:
+    """The state before the first step."""
+    opt_state = jax.jit(
+        self.tx.init, out_shardings=self._opt_shardings(trained)
+    )(trained)
+    zero = checkpoint.replicate_scalar(0, sharding.replicated(self._mesh))
+    # Three arrays, not one thrice: the state is donated.
+    return state_lib.TrainState(zero, trained, opt_state, zero + 0, zero + 0)
+
+  def abstract_state(self, trained: Any) -> state_lib.TrainState:
+    """`init_state` of arrays or of their abstract forms, not computed."""
+    scalar: Any = jax.ShapeDtypeStruct(
+        (), np.int32, sharding=sharding.replicated(self._mesh)
+    )
+    opt_state = jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+        jax.eval_shape(self.tx.init, trained),
+        self._opt_shardings(trained),
+    )
+    return state_lib.TrainState(scalar, trained, opt_state, scalar, scalar)
+
+  def _opt_shardings(self, trained: Any) -> Any:
+    """Optimizer state lies where the parameter lies that it belongs to."""
+    whole = sharding.replicated(self._mesh)
+    return optax.tree_utils.tree_map_params(
+        self.tx,
+        lambda _, param: param.sharding,
+        jax.eval_shape(self.tx.init, trained),
+        trained,
+        transform_non_params=lambda _: whole,
+    )
+
+  def train_step(self, state: Any, frozen: Any) -> Any:
+    """The jitted step (state, frozen, batch) -> (state, metrics).
+
+    Args:
+      state: a TrainState, of arrays or abstract; only shardings matter.
+      frozen: the parameters that the stage does not train, likewise.
+    """
+    step = step_lib.make_train_step(
+        self.model,
+        self.tx,
+        self.rate,
+        self._cfg,
+        self._stage,
+        self.probe_sizes,
+    )
+    return jax.jit(
+        step,
+        in_shardings=(_where(state), _where(frozen), self._rows()),
+        out_shardings=(_where(state), sharding.replicated(self._mesh)),
+        donate_argnums=0,
+    )
+
+  def eval_step(self, state: Any, frozen: Any) -> Any:
+    """The jitted (trained, frozen, batch) -> (sum of the loss, weight)."""
+    return jax.jit(
+        step_lib.make_eval_step(self.model),
+        in_shardings=(_where(state.trained), _where(frozen), self._rows()),
+        out_shardings=sharding.replicated(self._mesh),
+    )
+
+  def _rows(self) -> jax.sharding.NamedSharding:
+    return sharding.of_batch(self._mesh)
+
+
+def _where(tree: Any) -> Any:
+  return jax.tree.map(lambda x: x.sharding, tree)
