@@ -3,11 +3,17 @@
 #
 # What the launchers share: `ensure_venv EXTRA` leaves a Python at
 # $VENV_PYTHON in which the package (editable), its dependencies and those of
-# EXTRA are installed. Sourced after `set -euo pipefail`.
+# EXTRA are installed. `cuda_extra` knows which CUDA the driver here can run,
+# `export_xla_flags` sets the compiler's flags. Sourced after
+# `set -euo pipefail`.
 
 ROOT=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
 VENV=$ROOT/.venv
-VENV_PYTHON=$VENV/bin/python
+# A Python that the caller names is used as it is, and nothing is installed:
+# for images and clusters that bring their own environment.
+GIVEN_PYTHON=${VENV_PYTHON:-}
+VENV_PYTHON=${GIVEN_PYTHON:-$VENV/bin/python}
+DRY_RUN=false  # Set by --dry-run: `run` and `ensure_venv` then only print.
 
 say() { printf '== %s\n' "$*"; }
 
@@ -16,12 +22,27 @@ die() {
   exit 1
 }
 
-# run COMMAND...: print a command so that it can be copied, then run it.
-run() {
-  printf '\n$'
+# show COMMAND...: print a command so that it can be copied.
+show() {
+  printf '$'
   printf ' %q' "$@"
   printf '\n'
+}
+
+# run COMMAND...: show a command, then run it, unless this is a dry run.
+run() {
+  if $DRY_RUN; then
+    show "$@"
+    return
+  fi
+  printf '\n'
+  show "$@"
   "$@"
+}
+
+# natural NAME VALUE: die unless VALUE is a whole number.
+natural() {
+  [[ $2 =~ ^[0-9]+$ ]] || die "$1=$2 is not a whole number"
 }
 
 # minor_of PYTHON: print '3.11'; fail if it does not start or is too old. A
@@ -101,6 +122,13 @@ make_venv() {
 ensure_venv() {
   local extras=$1 started=$SECONDS minor lock wanted stamp
   extras=${extras}${extras:+${EXTRAS:+,}}${EXTRAS:-}
+  if [[ -n $GIVEN_PYTHON ]]; then
+    return
+  fi
+  if $DRY_RUN; then
+    say "Would install ${ROOT}${extras:+[$extras]} into $VENV, if it is not there"
+    return
+  fi
   make_venv
   minor=$(minor_of "$VENV_PYTHON")
   lock=$(lock_of "$minor")
@@ -122,4 +150,125 @@ ensure_venv() {
   rm -f "$VENV/.incomplete"
   printf '%s\n' "$wanted" >"$stamp"
   say "Installed in $((SECONDS - started)) s"
+}
+
+# any_python: print a Python for scripts that need only its standard library.
+any_python() {
+  if [[ -x $VENV_PYTHON ]]; then
+    printf '%s' "$VENV_PYTHON"
+  else
+    command -v "${PYTHON:-python3}" || die 'no python3 on the PATH'
+  fi
+}
+
+# gpus FIELD: print a field of `nvidia-smi` for every GPU, a line each.
+gpus() {
+  local answer
+  answer=$(nvidia-smi --query-gpu="$1" --format=csv,noheader 2>&1) ||
+    die "nvidia-smi failed: '$answer'. Is the NVIDIA driver loaded?" \
+      "JAX_PLATFORMS=cpu trains on the CPU."
+  printf '%s\n' "$answer"
+}
+
+# below A B: whether the version A is older than B (both X or X.Y).
+below() {
+  local a=$1 b=$2
+  ((${a%%.*} < ${b%%.*})) && return
+  ((${a%%.*} == ${b%%.*})) || return 1
+  [[ $a == *.* && $b == *.* ]] || return 1
+  a=${a#*.} b=${b#*.}
+  ((10#${a%%.*} < 10#${b%%.*}))
+}
+
+# cuda_extra: set CUDA_EXTRA to the extra of setup.py whose CUDA the driver and
+# the GPUs here can run. The minima are those of
+# https://docs.jax.dev/en/latest/installation.html#nvidia-gpu: driver 525 for
+# CUDA 12 and 580 for CUDA 13; compute capability 5.2 and 7.5.
+cuda_extra() {
+  local driver capabilities capability each
+  command -v nvidia-smi >/dev/null ||
+    die 'there is no nvidia-smi on the PATH: no NVIDIA driver is installed'
+  driver=$(gpus driver_version)
+  driver=${driver%%$'\n'*}
+  [[ $driver =~ ^[0-9]+(\.[0-9]+)*$ ]] ||
+    die "nvidia-smi names no driver version but '$driver'"
+  if below "$driver" 525; then
+    die "the NVIDIA driver is $driver; JAX needs 525 or newer for CUDA 12 and" \
+      "580 or newer for CUDA 13. Install a newer driver."
+  fi
+  capabilities=$(gpus compute_cap)
+  capability=''
+  while IFS= read -r each; do  # The lowest: all of them run the same program.
+    [[ $each =~ ^[0-9]+\.[0-9]+$ ]] ||
+      die "nvidia-smi names no compute capability but '$each'"
+    if [[ -z $capability ]] || below "$each" "$capability"; then
+      capability=$each
+    fi
+  done <<<"$capabilities"
+  if below "$capability" 5.2; then
+    die "a GPU here has compute capability $capability; JAX needs 5.2 or newer"
+  fi
+  CUDA_EXTRA=cuda13
+  if below "$driver" 580 || below "$capability" 7.5; then
+    CUDA_EXTRA=cuda12
+  fi
+  say "NVIDIA driver $driver, compute capability $capability:" \
+    "pip install -e '.[$CUDA_EXTRA]'" >&2
+}
+
+# choose_cuda: add to EXTRAS what `cuda_extra` says, or check what is there.
+choose_cuda() {
+  if [[ ${JAX_PLATFORMS:-} == cpu ]] || ! command -v nvidia-smi >/dev/null; then
+    return
+  fi
+  cuda_extra
+  case ,${EXTRAS:-}, in
+    *,cuda13,*)
+      [[ $CUDA_EXTRA == cuda13 ]] ||
+        die "EXTRAS=$EXTRAS, but this machine runs CUDA 12 only:" \
+          "pip install -e '.[cuda12]', or EXTRAS=cuda12"
+      ;;
+    *,cuda12,*) ;;  # Newer drivers run it too.
+    *) EXTRAS=${EXTRAS:-}${EXTRAS:+,}$CUDA_EXTRA ;;
+  esac
+}
+
+# flag_set: print the name of the XLA flags for the GPUs here; none: nothing.
+flag_set() {
+  if [[ ${JAX_PLATFORMS:-} == cpu ]] || ! command -v nvidia-smi >/dev/null; then
+    return
+  fi
+  local names
+  names=$(gpus name)
+  case $names in
+    *A100*) printf a100 ;;
+    *H100* | *H200*) printf h100 ;;  # One chip with two memories.
+  esac
+}
+
+# export_xla_flags NAME: set the variables of a set of moellava_jax.train.
+# xla_flags. 'auto' takes that of the GPUs here, 'none' sets nothing. Flags that
+# the caller has set come last, and so win.
+export_xla_flags() {
+  local name=$1 lines line variable
+  if [[ $name == auto ]]; then
+    name=$(flag_set)
+  fi
+  if [[ -z $name || $name == none ]]; then
+    return
+  fi
+  lines=$(PYTHONPATH=$ROOT "$(any_python)" -m moellava_jax.train.xla_flags \
+    --device="$name") || exit
+  while IFS= read -r line; do
+    variable=${line%%=*}
+    case $variable in
+      XLA_FLAGS | LIBTPU_INIT_ARGS)
+        export "$variable=${line#*=}${!variable:+ ${!variable}}"
+        ;;
+      *) export "$variable=${!variable:-${line#*=}}" ;;
+    esac
+    if $DRY_RUN; then
+      show export "$variable=${!variable}"
+    fi
+  done <<<"$lines"
 }
