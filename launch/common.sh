@@ -40,6 +40,37 @@ run() {
   "$@"
 }
 
+# attended COMMAND...: run a command in the background, pass SIGTERM on to it,
+# and set CODE to what it ends with.
+attended() {
+  local child='' told=false
+  trap 'told=true; [[ -z $child ]] || kill -TERM "$child" 2>/dev/null || true' TERM
+  "$@" &
+  child=$!
+  if $told; then
+    kill -TERM "$child"
+  fi
+  told=true
+  while $told; do  # A signal ends `wait`; it remembers the code of a child.
+    told=false
+    CODE=0
+    # shellcheck disable=SC2034  # For those who call this.
+    wait "$child" || CODE=$?
+  done
+  trap - TERM
+}
+
+# find_config: leave in $config a path that exists: from here, or else from the
+# repository. It may have a :stage.
+find_config() {
+  local file=${config%%:*}
+  if [[ ! -f $file && -f $ROOT/$file ]]; then
+    config=$ROOT/$config
+  elif [[ ! -f $file ]]; then
+    die "there is no config '$file', neither here nor in $ROOT"
+  fi
+}
+
 # natural NAME VALUE: die unless VALUE is a whole number.
 natural() {
   [[ $2 =~ ^[0-9]+$ ]] || die "$1=$2 is not a whole number"

@@ -84,12 +84,7 @@ natural --processes "$processes"
 natural --restarts "$restarts"
 natural --grace "$grace"
 ((processes)) || die '--processes=0: expected at least 1'
-file=${config%%:*}
-if [[ ! -f $file && -f $ROOT/$file ]]; then
-  config=$ROOT/$config
-elif [[ ! -f $file ]]; then
-  die "there is no config '$file', neither here nor in $ROOT"
-fi
+find_config
 
 command=(-m moellava_jax.train.main --config="$config")
 gpu_ids=

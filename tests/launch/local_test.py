@@ -102,7 +102,7 @@ def test_one_that_does_not_end_is_killed(tmp_path):
 
 def test_what_a_process_leaves_behind_is_ended_with_it(tmp_path):
   left = f'subprocess.Popen([{sys.executable!r}, "-c", "import signal;'
-  plan = {i: left + ' signal.pause()"])' for i in (0, 1)}
+  plan = dict.fromkeys((0, 1), left + ' signal.pause()"])')
   env = shell.environment(tmp_path, plan)
   done = shell.run('local.sh', CONFIG, '--processes=2', env=env, timeout=20)
   assert done.returncode == 0  # And its output has come to an end.
