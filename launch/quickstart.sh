@@ -18,6 +18,7 @@ interruption: finished work is not repeated.
   --run=DIR     where everything is written (default: runs/shapes, or
                 runs/shapes_smoke, in the repository)
   --seed=N      of data, initialisation and training (default: 0)
+  --dry-run     print what would run
   -- OVERRIDES  passed on to training, such as --config.moe.lr=1e-4
 
 Environment:
@@ -43,6 +44,7 @@ while (($#)); do
       ;;
     --run=?*) run_dir=${1#*=} ;;
     --seed=?*) seed=${1#*=} ;;
+    --dry-run) DRY_RUN=true ;;
     --)
       shift
       break

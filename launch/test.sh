@@ -6,7 +6,7 @@ source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 
 usage() {
   cat <<'TEXT'
-bash launch/test.sh [PYTEST ARGUMENTS]
+bash launch/test.sh [--dry-run] [PYTEST ARGUMENTS]
 
 Runs the tests on the CPU, with 8 simulated devices. Makes .venv in the
 repository on first use, with the versions of requirements-3.X.lock.
@@ -24,7 +24,15 @@ if [[ ${1:-} == -h || ${1:-} == --help ]]; then
   usage
   exit 0
 fi
+if [[ ${1:-} == --dry-run ]]; then
+  DRY_RUN=true
+  shift
+fi
 
 ensure_venv test
 cd -- "$ROOT"
+if $DRY_RUN; then
+  run "$VENV_PYTHON" -m pytest "$@"
+  exit
+fi
 exec "$VENV_PYTHON" -m pytest "$@"
