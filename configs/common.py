@@ -90,11 +90,13 @@ def run(tower: str, lm: str) -> Any:
   c.init.tokenizer = config_dict.placeholder(str)
 
   c.mesh = ml_collections.ConfigDict()
-  c.mesh.data = -1
-  c.mesh.fsdp = 1
-  c.mesh.expert = 1
+  c.mesh.data = -1  # All devices that the other axes leave.
+  # Chosen for each stage by the model, the devices and their memory.
+  c.mesh.fsdp = config_dict.placeholder(int)
+  c.mesh.expert = config_dict.placeholder(int)
   c.mesh.tensor = 1
   c.mesh.cpu_devices = 2
+  c.mesh.print_table = False
 
   c.data = ml_collections.ConfigDict()
   c.data.json = config_dict.placeholder(str)  # Replaces every stage's data.
@@ -149,9 +151,6 @@ def paper(name: str, tower: str, lm: str, template: str) -> Any:
   c = run(tower, lm)
   c.workdir = f'runs/{name}'
   c.model.remat = 'full'
-  # Every parameter and optimizer state is divided among all devices.
-  c.mesh.data = 1
-  c.mesh.fsdp = -1
 
   # The scripts keep 2048 tokens of text, of which an image is one, and then
   # expand the images; captions are far shorter. Rounded up to 128, the tile of

@@ -187,12 +187,13 @@ class MeshConfig:
   """Sizes of the mesh axes; one of them may be -1 (whatever is left)."""
 
   data: int
-  fsdp: int
-  expert: int
+  fsdp: int | None  # None: as few parts as fit into the devices' memory.
+  expert: int | None  # None: as many as share the experts evenly, up to 4.
   tensor: int
   # Devices to simulate where there is only a CPU. XLA runs small products on
   # one core per device, so 2 are faster on two cores.
   cpu_devices: int
+  print_table: bool  # What lies where, leaf by leaf, when a stage begins.
 
 
 @dataclasses.dataclass(frozen=True)

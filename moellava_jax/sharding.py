@@ -7,6 +7,8 @@ says where these names go. Enter `use(mesh)` before tracing: a bare
 """
 
 import contextlib
+import itertools
+import math
 import os
 from typing import Any
 
@@ -16,9 +18,9 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
-from moellava_jax import config
+from moellava_jax import config, devices
 
-AXES = ('data', 'fsdp', 'expert', 'tensor')
+AXES = devices.AXES
 
 # The batch is split over all axes that do not split a matrix product; `expert`
 # comes last, any other order costs a collective-permute per all-to-all.
@@ -70,37 +72,32 @@ def simulate_devices(count: int) -> None:
       ) from error
 
 
-def make_mesh(cfg: config.MeshConfig) -> Mesh:
-  """Arranges all devices in the axes `AXES`; one size may be -1.
+def make_mesh(cfg: config.MeshConfig, given: Any = None) -> Mesh:
+  """Arranges devices in the axes `AXES`; one size may be -1, the rest.
+
+  Over several slices of TPUs or nodes of GPUs, the data axis is the one that
+  spans them; see `devices.arrange`.
+
+  Args:
+    cfg: sizes; None is 1 here, where the model that decides is not known.
+    given: devices; None: all there are.
 
   Raises:
-    UserError: the product of the sizes is not the device count.
+    UserError: the product of the sizes is not the device count, or a slice is
+      too small for the axes that may not leave it.
   """
-  sizes = [cfg.data, cfg.fsdp, cfg.expert, cfg.tensor]
-  count = jax.device_count()
-  if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
-    raise config.UserError(
-        f'Mesh {dict(zip(AXES, sizes, strict=True))}: sizes are positive, and one may be -1.'
-    )
-  if -1 in sizes:
-    rest = -int(np.prod(sizes))
-    sizes[sizes.index(-1)] = max(count // rest, 1)
-  if int(np.prod(sizes)) != count:
-    raise config.UserError(
-        f'Mesh {dict(zip(AXES, sizes, strict=True))} needs {np.prod(sizes)} devices, but'
-        f' there are {count}. Set --config.mesh.* to sizes whose product is'
-        f' {count}, one of them -1 to fill.'
-    )
-  return jax.make_mesh(
-      tuple(sizes), AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES)
-  )
+  given = jax.devices() if given is None else list(given)
+  return _mesh(devices.sizes(cfg, len(given)), given)
 
 
 def data_mesh() -> Mesh:
   """All devices along `data`: what evaluation runs on."""
-  return make_mesh(
-      config.MeshConfig(data=-1, fsdp=1, expert=1, tensor=1, cpu_devices=1)
-  )
+  return _mesh((jax.device_count(), 1, 1, 1), jax.devices())
+
+
+def _mesh(sizes, given) -> Mesh:
+  auto = (jax.sharding.AxisType.Auto,) * len(AXES)  # Not JAX's default.
+  return Mesh(devices.arrange(sizes, given), AXES, axis_types=auto)
 
 
 @contextlib.contextmanager
@@ -111,9 +108,94 @@ def use(mesh: Mesh):
 
 
 def of_parameters(boxed: Any, mesh: Mesh) -> Any:
-  """Shardings of a tree of `nn.LogicallyPartitioned` (abstract) leaves."""
-  return spmd.logical_to_mesh_sharding(
-      nn.get_partition_spec(boxed), mesh, list(RULES)
+  """Shardings of a tree of `nn.LogicallyPartitioned` (abstract) leaves.
+
+  A dimension that its mesh axes do not divide stays whole.
+
+  Raises:
+    ValueError: a name that has no rule; Flax would not split that axis.
+  """
+  known = {name for name, _ in RULES}
+  specs = nn.get_partition_spec(boxed)
+  for spec in jax.tree.leaves(
+      specs, is_leaf=lambda x: isinstance(x, PartitionSpec)
+  ):
+    if unknown := set(spec or ()) - known - {None}:
+      raise ValueError(f'No rule of sharding.RULES names {sorted(unknown)}.')
+  split = spmd.logical_to_mesh_sharding(specs, mesh, list(RULES))
+  return jax.tree.map(
+      lambda where, box: _whole_where_uneven(where, box.value), split, boxed
+  )
+
+
+def _whole_where_uneven(where: NamedSharding, leaf: Any) -> NamedSharding:
+  spec = [
+      axes if axes and size % _ways(where.mesh, axes) == 0 else ()
+      for axes, size in zip(_axes(where, leaf.shape), leaf.shape, strict=True)
+  ]
+  return _with_axes(where, spec)
+
+
+def zero(where: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
+  """Where optimizer state and gradient of a parameter lie (ZeRO-2).
+
+  The parameter's own sharding and the data axes that it does not use yet, as
+  many as one dimension can be divided by, on the largest such dimension
+  (ZeRO, arXiv 1910.02054, section 5.2).
+
+  Args:
+    where: the sharding of the parameter.
+    shape: of the whole parameter.
+  """
+  spec = _axes(where, shape)
+  used = set(itertools.chain(*spec))
+  free = [a for a in BATCH if a not in used and where.mesh.shape[a] > 1]
+  rest = [
+      size // _ways(where.mesh, axes)
+      for size, axes in zip(shape, spec, strict=True)
+  ]
+  choices = [
+      (_ways(where.mesh, axes), size, dimension, axes)
+      for count in range(1, len(free) + 1)
+      # The axes of nearer devices first: among equals, max takes the first.
+      for axes in reversed(list(itertools.combinations(free, count)))
+      for dimension, size in enumerate(rest)
+      if size and size % _ways(where.mesh, axes) == 0
+  ]
+  if not choices:
+    return where
+  _, _, dimension, axes = max(choices, key=lambda choice: choice[:2])
+  spec[dimension] += axes
+  return _with_axes(where, spec)
+
+
+def _ways(mesh: Any, axes: tuple[str, ...]) -> int:
+  return math.prod(mesh.shape[axis] for axis in axes)
+
+
+def axes_of(where: NamedSharding) -> list[tuple[str, ...]]:
+  """The mesh axes of every dimension that the sharding names."""
+  return [
+      () if s is None else (s,) if isinstance(s, str) else tuple(s)
+      for s in where.spec
+  ]
+
+
+def _axes(where: NamedSharding, shape) -> list[tuple[str, ...]]:
+  """The mesh axes of every dimension of an array of this shape."""
+  named = axes_of(where)
+  return named + [()] * (len(shape) - len(named))
+
+
+def _with_axes(where: NamedSharding, spec) -> NamedSharding:
+  entries = [
+      None if not axes else axes[0] if len(axes) == 1 else tuple(axes)
+      for axes in spec
+  ]
+  while entries and entries[-1] is None:
+    entries.pop()
+  return NamedSharding(
+      where.mesh, PartitionSpec(*entries), memory_kind=where.memory_kind
   )
 
 

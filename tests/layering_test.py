@@ -15,11 +15,19 @@ FILES = {
 }
 
 # In order of dependency. A layer may import itself and the layers beside it.
-_FOUNDATION = ('trees', 'config', 'sharding', 'checkpoint', 'backbones')
+_FOUNDATION = (
+    'trees',
+    'config',
+    'devices',
+    'sharding',
+    'checkpoint',
+    'backbones',
+)
 LAYERS = {
     'config': (),
     'trees': ('config',),
-    'sharding': ('config',),
+    'devices': ('config',),
+    'sharding': ('config', 'devices'),
     'checkpoint': ('config', 'trees'),
     'backbones': ('config',),
     'data': ('config',),

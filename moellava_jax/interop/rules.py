@@ -203,7 +203,9 @@ def read(
       place = out if item.expert is None else out[item.expert]
       tensor = weights.read(item.theirs)
       place[...] = LAYOUTS[item.how].to_ours(tensor, item.piece)
+      del tensor, place
     yield group[0].ours, out
+    del out  # Before the next one is made.
 
 
 def _groups(links: list[Link]) -> list[list[Link]]:

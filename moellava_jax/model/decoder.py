@@ -98,7 +98,12 @@ class Decoder(nn.Module):
 
   def embed(self, tokens_BT: jax.Array, *, with_images: bool) -> jax.Array:
     """Token embeddings, fp32 `[B, T, D]`; ids outside [0, V) are clipped."""
-    x_BTD = jnp.take(self.embedding_VD, tokens_BT, axis=0, mode='clip')
+    # Features that are split like the table's would have to be exchanged for
+    # rows, which the partitioner does by copying everything everywhere.
+    table_VD = spmd.with_logical_constraint(
+        self.embedding_VD, ('vocab', 'features')
+    )
+    x_BTD = jnp.take(table_VD, tokens_BT, axis=0, mode='clip')
     x_BTD = x_BTD.astype(jnp.float32)
     if self.cfg.embed_scale_at == 'always' or not with_images:
       x_BTD *= self.cfg.embed_scale

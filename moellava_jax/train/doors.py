@@ -190,6 +190,9 @@ def _refuse(where: str, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
 def read(source: load.Source, shardings: dict[str, Any]) -> Any:
   """Parameters in fp32, each put into its shards as soon as it is read.
 
+  The host holds one parameter, as it is in the files, and one fp32 copy of
+  what its own devices hold of it, however many of them hold the same.
+
   Args:
     source: see `open_weights`.
     shardings: parameter path -> sharding.
@@ -197,10 +200,16 @@ def read(source: load.Source, shardings: dict[str, Any]) -> Any:
   flat = {}
   for path, array in source.read():
 
-    def shard(index, array=array):
-      return np.asarray(array[index], np.float32)
+    # A slice of an array is no key before Python 3.12.
+    pieces: dict[str, np.ndarray] = {}
+
+    def shard(index, array=array, pieces=pieces):
+      if (key := str(index)) not in pieces:
+        pieces[key] = np.asarray(array[index], np.float32)
+      return pieces[key]
 
     flat[path] = jax.make_array_from_callback(
         array.shape, shardings[path], shard
     )
+    del array, pieces, shard  # Before the next one is read.
   return trees.unflatten(flat)

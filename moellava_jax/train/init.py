@@ -45,12 +45,18 @@ def abstract(
   )
 
 
+def boxed(
+    model: llava.Llava, probe_sizes: tuple[int, ...] | None = None
+) -> Any:
+  """Abstract parameters with the logical names of their axes."""
+  return jax.eval_shape(_initialiser(model, probe_sizes), jax.random.key(0))
+
+
 def shardings(
     model: llava.Llava, mesh, probe_sizes: tuple[int, ...] | None = None
 ) -> Any:
   """Sharding of every parameter of the model."""
-  boxed = jax.eval_shape(_initialiser(model, probe_sizes), jax.random.key(0))
-  return sharding.of_parameters(boxed, mesh)
+  return sharding.of_parameters(boxed(model, probe_sizes), mesh)
 
 
 def fresh(
@@ -60,11 +66,18 @@ def fresh(
     probe_sizes: tuple[int, ...] | None = None,
 ) -> Any:
   """Random parameters, created on the devices that hold them."""
+  return creator(model, mesh, probe_sizes)(jax.random.key(seed))
+
+
+def creator(
+    model: llava.Llava, mesh, probe_sizes: tuple[int, ...] | None = None
+) -> Any:
+  """The jitted rng -> random parameters, each device making its own part."""
   initialise = _initialiser(model, probe_sizes)
   return jax.jit(
       lambda rng: nn.unbox(initialise(rng)),
       out_shardings=shardings(model, mesh, probe_sizes),
-  )(jax.random.key(seed))
+  )
 
 
 def sections(cfg: config.TrainConfig) -> list[str]:

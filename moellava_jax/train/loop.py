@@ -13,7 +13,15 @@ import numpy as np
 
 from moellava_jax import checkpoint, config, sharding, trees
 from moellava_jax.data import pipeline, sources
-from moellava_jax.train import about, diagnose, init, inputs, program
+from moellava_jax.train import (
+    about,
+    diagnose,
+    init,
+    inputs,
+    placement,
+    program,
+    table,
+)
 from moellava_jax.train import metrics as metrics_lib
 from moellava_jax.train import state as state_lib
 
@@ -48,14 +56,12 @@ def run(cfg: config.TrainConfig) -> None:
     print(f'All of {", ".join(cfg.stages)} are finished in {cfg.workdir}.')
     return
   data = inputs.read(cfg, todo)
-  mesh = sharding.make_mesh(cfg.mesh)
-  for stage in todo:
-    _check_batch(cfg, stage, mesh)
+  meshes = {stage: placement.mesh_for(cfg, stage) for stage in todo}
   about.write_run(cfg)
-  with sharding.use(mesh):
-    for stage in todo:
-      _StageRun(cfg, stage, mesh, data).train()
-      about.write_stages(cfg)
+  for stage in todo:
+    with sharding.use(meshes[stage]):
+      _StageRun(cfg, stage, meshes[stage], data).train()
+    about.write_stages(cfg)
 
 
 def _unfinished(cfg: config.TrainConfig) -> list[str]:
@@ -95,17 +101,6 @@ def _check_same(saved, cfg, stage: str, where: str) -> None:
     )
 
 
-def _check_batch(cfg: config.TrainConfig, stage: str, mesh) -> None:
-  section = cfg.stage(stage)
-  need = sharding.batch_divisor(mesh) * section.accumulate
-  if section.batch_size % need:
-    raise config.UserError(
-        f'Stage {stage!r}: batch_size={section.batch_size} is not a multiple of'
-        f' {need} (accumulate={section.accumulate} micro-batches times'
-        f' {sharding.batch_divisor(mesh)} data-parallel devices).'
-    )
-
-
 class _StageRun:
   """One stage: its data, its compiled steps and its state."""
 
@@ -139,6 +134,7 @@ class _StageRun:
   def train(self) -> None:
     """Runs the stage to its end and writes `final/`."""
     state, frozen, first = self._restore_or_start()
+    self._print_table(state, frozen)
     self._writer = metrics_lib.Writer(self._cfg.workdir, self._stage, first)
     train_step = self._program.train_step(state, frozen)
     eval_step = self._program.eval_step(state, frozen)
@@ -185,6 +181,14 @@ class _StageRun:
       # Also after an error: a checkpoint that was begun is worth completing.
       self._checkpoints.wait()
     self._finish(state, frozen)
+
+  def _print_table(self, state, frozen) -> None:
+    if jax.process_index():
+      return
+    rows = table.table(state.trained, frozen, state.opt_state)
+    print(f'{self._stage}: {table.summary(rows, self._mesh)}', flush=True)
+    if self._cfg.mesh.print_table:
+      print(table.text(rows), flush=True)
 
   def _restore_or_start(self):
     """Returns (state, frozen parameters, batches done before)."""

@@ -19,6 +19,9 @@ from moellava_jax.train import init, optimizer, stages
 from moellava_jax.train import state as state_lib
 from moellava_jax.train import step as step_lib
 
+# Classes of the attributes that the warm-up's probe tells apart.
+PROBE_SIZES = tuple(size for _, size in shapes.ATTRIBUTES)
+
 
 class Program:
   """The model, the optimizer and the compiled steps of one stage.
@@ -34,9 +37,7 @@ class Program:
     """Args: `steps` is the length of the stage, for the schedule."""
     self._cfg, self._stage, self._mesh = cfg, stage, mesh
     self.model = llava.Llava(cfg.stage_model(stage))
-    self.probe_sizes = None
-    if stage == 'warmup':
-      self.probe_sizes = tuple(size for _, size in shapes.ATTRIBUTES)
+    self.probe_sizes = PROBE_SIZES if stage == 'warmup' else None
     section = cfg.stage(stage)
     self.rate = optimizer.schedule(
         section.lr, steps, cfg.optimizer.warmup_ratio
@@ -84,11 +85,17 @@ class Program:
     return state_lib.TrainState(scalar, trained, opt_state, scalar, scalar)
 
   def _opt_shardings(self, trained: Any) -> Any:
-    """Optimizer state lies where the parameter lies that it belongs to."""
+    """Optimizer state lies in shards of the parameter that it belongs to."""
     whole = sharding.replicated(self._mesh)
+
+    def place(leaf, param):
+      if leaf.shape != param.shape:  # A factored or scalar moment.
+        return whole
+      return sharding.zero(param.sharding, param.shape)
+
     return optax.tree_utils.tree_map_params(
         self.tx,
-        lambda _, param: param.sharding,
+        place,
         jax.eval_shape(self.tx.init, trained),
         trained,
         transform_non_params=lambda _: whole,
@@ -108,6 +115,9 @@ class Program:
         self._cfg,
         self._stage,
         self.probe_sizes,
+        jax.tree.map(
+            lambda x: sharding.zero(x.sharding, x.shape), state.trained
+        ),
     )
     return jax.jit(
         step,

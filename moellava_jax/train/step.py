@@ -142,6 +142,7 @@ def make_train_step(
     cfg: config.TrainConfig,
     stage: str,
     probe_sizes: tuple[int, ...] | None,
+    shards: Any,
 ) -> Callable[
     [state_lib.TrainState, Any, Batch],
     tuple[state_lib.TrainState, dict[str, Any]],
@@ -150,9 +151,15 @@ def make_train_step(
 
   `rate` is only reported: `tx` has its own.
 
-  Gradients are taken of the trained parameters only. A step whose loss or
-  gradient is not finite changes nothing but the counters.
+  Gradients are taken of the trained parameters only. They are summed up and
+  applied in `shards`, the sharding of each (`sharding.zero`), and the new
+  parameters are gathered at the end. A step whose loss or gradient is not
+  finite changes nothing but the counters.
   """
+
+  def scatter(tree):
+    return jax.lax.with_sharding_constraint(tree, shards)
+
   count = cfg.stage(stage).accumulate
   base = jax.random.fold_in(
       jax.random.key(cfg.seed), config.STAGES.index(stage)
@@ -176,7 +183,9 @@ def make_train_step(
     )
     return loss, sums
 
-  gradient = jax.value_and_grad(micro_loss, has_aux=True)
+  def gradient(*args):
+    value, grads = jax.value_and_grad(micro_loss, has_aux=True)(*args)
+    return value, scatter(grads)
 
   def step(state, frozen, batch):
     rng = jax.random.fold_in(base, state.step)
@@ -202,18 +211,20 @@ def make_train_step(
           total,
       )
       zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+      zeros = (zeros[0], scatter(zeros[1]))
       ((loss, sums), grads), _ = jax.lax.scan(
           add, zeros, (parts, jnp.arange(count))
       )
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-    updates, opt_state = tx.update(grads, state.opt_state, state.trained)
-    proposed = (optax.apply_updates(state.trained, updates), opt_state)
+    old = (scatter(state.trained), state.opt_state)
+    updates, opt_state = tx.update(grads, state.opt_state, old[0])
     trained, opt_state = jax.tree.map(
         lambda new, old: jnp.where(finite, new, old),
-        proposed,
-        (state.trained, state.opt_state),
+        (optax.apply_updates(old[0], updates), opt_state),
+        old,
     )
+    trained = scatter(trained)
     bad = (~finite).astype(jnp.int32)
     new_state = state_lib.TrainState(
         step=state.step + 1,

@@ -4,6 +4,7 @@
 import dataclasses
 import json
 import pathlib
+import weakref
 
 import jax
 import numpy as np
@@ -13,7 +14,7 @@ from safetensors import numpy as safetensors_numpy
 from moellava_jax import checkpoint, config, trees
 from moellava_jax.data import tokenizer
 from moellava_jax.interop import files
-from moellava_jax.train import doors, init, loop
+from moellava_jax.train import doors, init, loop, placement, program
 from tests import tiny
 
 GOLDENS = pathlib.Path(__file__).parents[1] / 'goldens'
@@ -227,6 +228,61 @@ def test_weights_are_read_into_their_shards(tmp_path):
   np.testing.assert_array_equal(
       kernel, _golden('phi_dense', 'model.layers.0.mlp.fc1.weight').T
   )
+
+
+def test_a_device_reads_its_shards_and_the_host_one_parameter(
+    tmp_path, monkeypatch
+):
+  release = _release(tmp_path / 'stage2', 'phi_dense')
+  cfg = _config(
+      tmp_path / 'run',
+      stages=('finetune',),
+      init__checkpoint=str(release),
+      mesh__data=2,
+      mesh__fsdp=4,
+  )
+  mesh = placement.mesh_for(cfg, 'finetune')
+  where = trees.flatten(program.Program(cfg, 'finetune', mesh, 1).shardings)
+  source = doors.open_weights(cfg, 'finetune')
+  paths, alive, asked = [], [], []
+
+  class Watched:
+
+    def read(self):
+      for path, array in source.read():
+        # What came before is gone, but for what devices hold of it.
+        assert all(ref() is None for ref in alive)
+        array = array.copy()
+        alive[:] = [weakref.ref(array)]
+        paths.append(path)
+        yield path, array
+        del array
+
+  real = jax.make_array_from_callback
+
+  def callback(shape, sharding, read):
+    pieces = {}
+
+    def counted(index):
+      piece = read(index)
+      pieces[id(piece)] = piece.shape
+      return piece
+
+    array = real(shape, sharding, counted)
+    asked.append((paths[-1], sharding, shape, list(pieces.values())))
+    return array
+
+  monkeypatch.setattr(jax, 'make_array_from_callback', callback)
+  params = trees.flatten(doors.read(Watched(), where))
+  assert len(asked) == len(params) > 20
+  for path, sharding, shape, pieces in asked:
+    assert set(pieces) == {sharding.shard_shape(shape)}
+    # Twice on the devices (data), once on the host.
+    assert np.sum([np.prod(p) for p in pieces]) == np.prod(shape), path
+  kernel = params['llm/layers_0/mlp/fc1/kernel']
+  assert {s.data.shape for s in kernel.addressable_shards} == {
+      (kernel.shape[0] // 4, kernel.shape[1])
+  }
 
 
 @pytest.mark.parametrize(
