@@ -3,7 +3,6 @@
 
 import dataclasses
 import math
-import os
 import pathlib
 import time
 from typing import Any, NamedTuple
@@ -13,7 +12,15 @@ import numpy as np
 
 from moellava_jax import checkpoint, config, sharding, trees
 from moellava_jax.data import pipeline, sources
-from moellava_jax.train import about, diagnose, init, inputs, program
+from moellava_jax.train import (
+    about,
+    cluster,
+    diagnose,
+    init,
+    inputs,
+    preflight,
+    program,
+)
 from moellava_jax.train import metrics as metrics_lib
 from moellava_jax.train import state as state_lib
 
@@ -40,15 +47,18 @@ def run(cfg: config.TrainConfig) -> None:
       (`checkpoint.CheckpointError`) that cannot be used.
     FloatingPointError: ten steps in a row were not finite.
   """
-  os.makedirs(cfg.workdir, exist_ok=True)
   sharding.simulate_devices(cfg.mesh.cpu_devices)  # Before Orbax starts JAX.
-  todo = _unfinished(cfg)
+  mesh = preflight.check(cfg)
+  begins = cluster.together('the checkpoints', lambda: _unfinished(cfg))
+  cluster.agree('the checkpoints', begins)
+  todo = list(begins)
   if not todo:
     about.write_stages(cfg)
-    print(f'All of {", ".join(cfg.stages)} are finished in {cfg.workdir}.')
+    cluster.say(
+        f'All of {", ".join(cfg.stages)} are finished in {cfg.workdir}.'
+    )
     return
   data = inputs.read(cfg, todo)
-  mesh = sharding.make_mesh(cfg.mesh)
   for stage in todo:
     _check_batch(cfg, stage, mesh)
   about.write_run(cfg)
@@ -58,22 +68,26 @@ def run(cfg: config.TrainConfig) -> None:
       about.write_stages(cfg)
 
 
-def _unfinished(cfg: config.TrainConfig) -> list[str]:
+def _unfinished(cfg: config.TrainConfig) -> dict[str, str]:
   """The stages that are left to do, after comparing what is there.
+
+  Returns:
+    By stage the path of its newest step, '' before the first.
 
   Raises:
     CheckpointError: a checkpoint of another config, or no checkpoint to start
       the first of these stages from.
   """
-  todo = []
+  todo = {}
   for stage in cfg.stages:
     if (final := checkpoint.final_of(cfg.workdir, stage)) is not None:
       saved = config.from_json((final / 'config.json').read_text())
       _check_same(saved, cfg, stage, str(final))
       continue
-    todo.append(stage)
+    todo[stage] = ''
     if (latest := checkpoint.latest_meta(cfg.workdir, stage)) is not None:
       path, meta = latest
+      todo[stage] = path
       _check_same(config.from_dict(meta['config']), cfg, stage, path)
     elif len(todo) == 1:
       origin = init.source(cfg, stage) or ''
@@ -202,7 +216,7 @@ class _StageRun:
       self._before = 0.0
       return self._program.init_state(trained), frozen, 0
     meta = self._checkpoints.read_meta(latest)
-    print(f'{self._stage}: going on after step {latest}', flush=True)
+    cluster.say(f'{self._stage}: going on after step {latest}')
     self._frozen_hash = meta['frozen']
     frozen = checkpoint.load_frozen(
         self._cfg.workdir,

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a process ends with an error, and takes the others with it.
+
+Processes wait for each other in every step. One that meets an error which the
+others do not, such as an image that only its host cannot read, leaves a notice
+in the key-value store; a thread in each of the others looks for it.
+"""
+
+import atexit
+import contextlib
+import json
+import os
+import sys
+import threading
+from typing import NoReturn
+
+import jax
+
+from moellava_jax.train import cluster
+
+_NOTICE = 'moellava/failed/'
+_POLL_S = 1.0
+_LEAVE_S = 600  # The dead are noticed earlier, by their heartbeats.
+
+_lock = threading.Lock()  # Held by the one thread that ends this process.
+
+
+def watch() -> None:
+  """Ends this process when another one has failed; call after `start`."""
+  if cluster.alone():
+    return
+  stop = threading.Event()
+  threading.Thread(target=_watch, args=(stop,), daemon=True).start()
+  # Registered after JAX's own, so it runs before JAX takes leave.
+  atexit.register(stop.set)
+
+
+def _watch(stop: threading.Event) -> None:
+  while not stop.wait(_POLL_S):
+    try:
+      notices = cluster.client().key_value_dir_get(_NOTICE)
+    except (jax.errors.JaxRuntimeError, AttributeError):
+      return  # The run is over, or JAX is about to abort this process.
+    if notices:
+      with _lock:
+        code, message = json.loads(notices[0][1])
+        print(f'error: {message}', file=sys.stderr, flush=True)
+        _leave(code)
+
+
+def fail(error: Exception, code: int = 1) -> NoReturn:
+  """Ends this process with `code` after saying why, and all others likewise.
+
+  The others print the message too, unless they have raised the same
+  (`cluster.ClusterError`). If one of them has died, that is likely to be the
+  cause: this process then ends with SIGABRT, as JAX ends the others.
+  """
+  text = f'error: {error}'
+  if cluster.alone():
+    print(text, file=sys.stderr, flush=True)
+    sys.exit(code)
+  with _lock:
+    print(text, file=sys.stderr, flush=True)
+    if not isinstance(error, cluster.ClusterError):
+      notice = json.dumps([code, f'{cluster.name(cluster.process())}: {error}'])
+      # Where another process was faster, its message is as good.
+      with contextlib.suppress(jax.errors.JaxRuntimeError):
+        cluster.client().key_value_set(_NOTICE + '0', notice)
+      _leave(code)
+    _exit(code)
+
+
+def _leave(code: int) -> NoReturn:
+  """Waits until all have seen the notice: process 0 keeps it for them."""
+  try:
+    cluster.client().wait_at_barrier(_NOTICE, _LEAVE_S * 1000)
+  except jax.errors.JaxRuntimeError:
+    os.abort()
+  _exit(code)
+
+
+def _exit(code: int) -> NoReturn:
+  sys.stdout.flush()
+  jax.distributed.shutdown()
+  # Threads that wait for devices would keep the interpreter from ending.
+  os._exit(code)
