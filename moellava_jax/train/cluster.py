@@ -35,6 +35,7 @@ _REMIND_S = 30.0
 
 _phases = itertools.count()
 _hosts: dict[int, str] = {}
+_joined = threading.Event()  # JAX forgets it when this process takes leave.
 
 
 class ClusterError(config.UserError):
@@ -106,6 +107,7 @@ def start(
     ) from error
   finally:
     late.cancel()
+  _joined.set()
   names = gather('start', socket.gethostname())
   _hosts.update(enumerate(names))
 
@@ -152,7 +154,7 @@ def _nobody_came(seconds: int) -> None:
 
 def alone() -> bool:
   """Whether this process is the whole run."""
-  return not jax.distributed.is_initialized()
+  return not _joined.is_set()
 
 
 def is_first() -> bool:
@@ -203,9 +205,9 @@ def gather(what: str, value: str) -> list[str]:
   try:
     client().wait_at_barrier(place, _PATIENCE_S * 1000)
   except jax.errors.JaxRuntimeError as error:
-    absent = ', '.join(_absent(place)) or 'a process'
     raise ClusterError(
-        f'{absent} did not reach {what!r}: {str(error).splitlines()[0]}'
+        f'{", ".join(_absent(place)[:4]) or "A process"} did not reach'
+        f' {what!r}: {str(error).splitlines()[0]}'
     ) from error
   finally:
     done.set()
@@ -225,7 +227,10 @@ def gather(what: str, value: str) -> list[str]:
 
 def _absent(place: str) -> list[str]:
   """Names of the processes that have not come to a `gather`."""
-  arrived = client().key_value_dir_get(place)
+  try:
+    arrived = client().key_value_dir_get(place)
+  except (jax.errors.JaxRuntimeError, AttributeError):
+    return []  # The run is being ended.
   here = {int(key.removeprefix(place)) for key, _ in arrived}
   count = distributed.global_state.num_processes
   return [name(n) for n in range(count) if n not in here]

@@ -12,11 +12,16 @@ import json
 import os
 import sys
 import threading
+import traceback
 from typing import NoReturn
 
 import jax
 
+from moellava_jax import config
 from moellava_jax.train import cluster
+
+# What says by itself what to do; all else is shown with where it was raised.
+EXPECTED = (config.UserError, FloatingPointError)
 
 _NOTICE = 'moellava/failed/'
 _POLL_S = 1.0
@@ -45,7 +50,8 @@ def _watch(stop: threading.Event) -> None:
       with _lock:
         code, message = json.loads(notices[0][1])
         print(f'error: {message}', file=sys.stderr, flush=True)
-        _leave(code)
+        _wait()
+        _exit(code)
 
 
 def fail(error: Exception, code: int = 1) -> NoReturn:
@@ -55,28 +61,37 @@ def fail(error: Exception, code: int = 1) -> NoReturn:
   (`cluster.ClusterError`). If one of them has died, that is likely to be the
   cause: this process then ends with SIGABRT, as JAX ends the others.
   """
-  text = f'error: {error}'
+  expected = isinstance(error, EXPECTED)
   if cluster.alone():
-    print(text, file=sys.stderr, flush=True)
-    sys.exit(code)
-  with _lock:
-    print(text, file=sys.stderr, flush=True)
+    if not expected:
+      raise error
+    sys.exit(f'error: {error}')
+  with _lock:  # Whoever has it ends the process; this may be a consequence.
+    if expected:
+      print(f'error: {error}', file=sys.stderr, flush=True)
+    else:
+      traceback.print_exception(error)
     if not isinstance(error, cluster.ClusterError):
-      notice = json.dumps([code, f'{cluster.name(cluster.process())}: {error}'])
-      # Where another process was faster, its message is as good.
-      with contextlib.suppress(jax.errors.JaxRuntimeError):
-        cluster.client().key_value_set(_NOTICE + '0', notice)
-      _leave(code)
+      _tell(error, code)
     _exit(code)
 
 
-def _leave(code: int) -> NoReturn:
+def _tell(error: Exception, code: int) -> None:
+  kind = '' if isinstance(error, EXPECTED) else f'{type(error).__name__}: '
+  who = cluster.name(cluster.process())
+  notice = json.dumps([code, f'{who}: {kind}{error}'])
+  # Where another process was faster, its message is as good.
+  with contextlib.suppress(jax.errors.JaxRuntimeError):
+    cluster.client().key_value_set(f'{_NOTICE}0', notice)
+  _wait()
+
+
+def _wait() -> None:
   """Waits until all have seen the notice: process 0 keeps it for them."""
   try:
     cluster.client().wait_at_barrier(_NOTICE, _LEAVE_S * 1000)
   except jax.errors.JaxRuntimeError:
     os.abort()
-  _exit(code)
 
 
 def _exit(code: int) -> NoReturn:

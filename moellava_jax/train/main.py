@@ -16,7 +16,6 @@ Exit codes: 0 done, 1 an error; SIGABRT where another process has died.
 """
 
 import os
-import traceback
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -75,12 +74,7 @@ def main(argv):
     )
     ending.watch()
     loop.run(config.from_dict(_CONFIG.value))
-  except (config.UserError, FloatingPointError) as error:
-    ending.fail(error)
   except Exception as error:
-    if cluster.alone():
-      raise
-    traceback.print_exc()
     ending.fail(error)
 
 

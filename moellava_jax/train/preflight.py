@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import hashlib
 import os
+import pathlib
 import queue
 import shutil
 import threading
@@ -75,11 +76,21 @@ def _code() -> dict[str, str]:
   return {
       'moellava_jax': moellava_jax.__version__,
       'revision': about.revision(),
+      'source files': _source(),
       **about.versions(),
       # Dumps may go elsewhere in each process.
       'XLA_FLAGS': ' '.join(x for x in words if '_dump_' not in x),
       'LIBTPU_INIT_ARGS': os.environ.get('LIBTPU_INIT_ARGS', ''),
   }
+
+
+def _source() -> str:
+  """A hash of the package, which may be no git clone or have changes."""
+  digest = hashlib.sha256()
+  root = pathlib.Path(moellava_jax.__file__).parent
+  for path in sorted(root.rglob('*.py')):
+    digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
+  return digest.hexdigest()[:12]
 
 
 def _sum(mesh: jax.sharding.Mesh) -> float:
