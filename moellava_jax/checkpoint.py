@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 import jax
+from jax.experimental import multihost_utils
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
@@ -112,6 +113,14 @@ def _restore(path: epath.Path, abstract: Any) -> Any:
     return checkpointer.restore(path, args=ocp.args.StandardRestore(abstract))
 
 
+def _is_first() -> bool:
+  """Whether this process writes what Orbax does not; readers come later.
+
+  Orbax makes all processes wait for each other before parameters count.
+  """
+  return jax.process_index() == 0
+
+
 def write_json(path: Any, value: Any) -> None:
   """Writes a small JSON file so that it is either old or new, never half."""
   path = epath.Path(path)
@@ -190,9 +199,12 @@ class Stage:
       return ''
     name = fingerprint(frozen)
     path = self._run / 'frozen' / name
-    if not (path / 'params').exists():
-      path.mkdir(parents=True, exist_ok=True)
-      write_json(path / 'shapes.json', _shapes(frozen))
+    # One process looks, as all have to do the same.
+    there = (path / 'params').exists()
+    if not multihost_utils.broadcast_one_to_all(np.int32(there)):
+      if _is_first():
+        path.mkdir(parents=True, exist_ok=True)
+        write_json(path / 'shapes.json', _shapes(frozen))
       _save(path / 'params', frozen)
     return name
 
@@ -228,12 +240,13 @@ def write_final(
     meta: more about the stage.
     tokenizer: saves the tokenizer in the directory it is given.
   """
-  path.mkdir(parents=True, exist_ok=True)
-  (path / 'config.json').write_text(config.to_json(cfg) + '\n')
-  tokenizer(str(path / 'tokenizer'))
-  write_json(
-      path / 'stage.json', {**meta, 'stage': stage, 'params': _shapes(params)}
-  )
+  if _is_first():
+    path.mkdir(parents=True, exist_ok=True)
+    (path / 'config.json').write_text(config.to_json(cfg) + '\n')
+    tokenizer(str(path / 'tokenizer'))
+    write_json(
+        path / 'stage.json', {**meta, 'stage': stage, 'params': _shapes(params)}
+    )
   _save(path / 'params', params)
 
 

@@ -13,12 +13,15 @@ from typing import Any
 import jax
 
 from moellava_jax import checkpoint, config, trees
+from moellava_jax.train import cluster
 
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain')
 
 
 def write_run(cfg: config.TrainConfig) -> None:
-  """RUN/config.json and RUN/environment.json."""
+  """RUN/config.json and RUN/environment.json, by process 0."""
+  if not cluster.is_first():
+    return
   checkpoint.write_json(
       os.path.join(cfg.workdir, 'config.json'), dataclasses.asdict(cfg)
   )
@@ -26,7 +29,7 @@ def write_run(cfg: config.TrainConfig) -> None:
       os.path.join(cfg.workdir, 'environment.json'),
       {
           'revision': revision(),
-          'versions': {p: importlib.metadata.version(p) for p in _PACKAGES},
+          'versions': versions(),
           'device': f'{jax.device_count()} x {jax.devices()[0].device_kind}',
           'python': platform.python_version(),
           'seed': cfg.seed,
@@ -36,12 +39,19 @@ def write_run(cfg: config.TrainConfig) -> None:
 
 def write_stages(cfg: config.TrainConfig) -> None:
   """RUN/stages.json from the finished stages: nothing to lose by a kill."""
+  if not cluster.is_first():
+    return
   stages = {}
   for stage in config.STAGES:
     if (final := checkpoint.final_of(cfg.workdir, stage)) is not None:
       about = json.loads((final / 'stage.json').read_text())
       stages[stage] = {k: v for k, v in about.items() if k != 'params'}
   checkpoint.write_json(os.path.join(cfg.workdir, 'stages.json'), stages)
+
+
+def versions() -> dict[str, str]:
+  """Of the packages that decide what a run computes."""
+  return {p: importlib.metadata.version(p) for p in _PACKAGES}
 
 
 def revision() -> str:

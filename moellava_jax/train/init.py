@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from moellava_jax import checkpoint, config, sharding, trees
 from moellava_jax.interop import hf, hub, upcycle
 from moellava_jax.model import llava, vision
-from moellava_jax.train import doors
+from moellava_jax.train import cluster, doors
 
 
 def _initialiser(model: llava.Llava, probe_sizes: tuple[int, ...] | None):
@@ -178,7 +178,7 @@ def _imported(cfg, stage: str, model, layout, seed: int) -> Any:
   """Weights of others, and a random projector if none was named."""
   params = doors.read(doors.open_weights(cfg, stage), layout)
   if 'projector' not in params:
-    print(f'{stage}: the projector starts at random', flush=True)
+    cluster.say(f'{stage}: the projector starts at random')
     initialise = _initialiser(model, None)
     params['projector'] = jax.jit(
         lambda rng: nn.unbox(initialise(rng))['projector'],

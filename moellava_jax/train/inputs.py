@@ -10,7 +10,7 @@ from moellava_jax import checkpoint, config
 from moellava_jax.data import pipeline, shapes, sources, templates
 from moellava_jax.data import tokenizer as tokenizer_lib
 from moellava_jax.interop import hf, hub, lms
-from moellava_jax.train import init
+from moellava_jax.train import cluster, init
 
 
 class Inputs(NamedTuple):
@@ -29,8 +29,21 @@ def read(cfg: config.TrainConfig, stages: list[str]) -> Inputs:
     config.UserError: a tokenizer that fits neither template nor model.
   """
   if cfg.data.shapes is not None:
-    shapes.write(cfg.data.shapes)
-  tok = _tokenizer(cfg)
+    task = cfg.data.shapes
+    cluster.first('writing Shapes', lambda: shapes.write(task))
+    # A folder that the hosts do not share is written on each.
+    cluster.together('reading Shapes', lambda: shapes.write(task))
+  cluster.first('making the tokenizer', lambda: _make_tokenizer(cfg))
+  found = cluster.together(
+      'reading the data', lambda: _read(cfg, stages, _kept_tokenizer(cfg))
+  )
+  cluster.agree('the data', _summary(found))
+  return found
+
+
+def _read(
+    cfg: config.TrainConfig, stages: list[str], tok: tokenizer_lib.Tokenizer
+) -> Inputs:
   if tok.vocab_size > cfg.model.llm.vocab_size:
     given = cfg.init.lm or cfg.init.checkpoint
     raise config.UserError(
@@ -58,22 +71,39 @@ def read(cfg: config.TrainConfig, stages: list[str]) -> Inputs:
 def print_summary(stage: str, examples: pipeline.Examples, path: str) -> None:
   """Says what was read, and counts what was left out and why."""
   length = examples.format.length
-  print(f'{stage}: {len(examples)} rows of {length} positions from {path}')
+  cluster.say(
+      f'{stage}: {len(examples)} rows of {length} positions from {path}'
+  )
   for reason, number in examples.dropped.items():
-    print(f'{stage}: dropped {number} rows: {reason}')
+    cluster.say(f'{stage}: dropped {number} rows: {reason}')
   if examples.cut:
-    print(f'{stage}: cut {examples.cut} rows at position {length}')
+    cluster.say(f'{stage}: cut {examples.cut} rows at position {length}')
   if examples.blanked:
-    print(
+    cluster.say(
         f'{stage}: {examples.blanked} rows teach nothing, as in the original:'
         ' config.data.parity_mask counts another number of tokens than they'
         ' have'
     )
   if examples.ignored_answers:
-    print(
+    cluster.say(
         f'{stage}: the {examples.format.template!r} template keeps the first'
         f' exchange of a row; {examples.ignored_answers} answers are left out'
     )
+
+
+def _summary(found: Inputs) -> dict[str, str]:
+  """What all processes must have read alike."""
+  parts = {
+      **found.examples,
+      **{f'{stage}, held out': rows for stage, rows in found.held_out.items()},
+  }
+  return {
+      'ids of the tokenizer': str(found.tokenizer.vocab_size),
+      **{
+          part: f'{len(rows)} rows of {rows.format.length} positions'
+          for part, rows in parts.items()
+      },
+  }
 
 
 def _rows(cfg: config.TrainConfig, stage: str) -> list[sources.Row]:
@@ -96,8 +126,12 @@ def _examples(cfg, stage, rows, tok) -> pipeline.Examples:
   return pipeline.Examples(rows, cfg.stage_data(stage).images, fmt, tok)
 
 
-def _tokenizer(cfg: config.TrainConfig) -> tokenizer_lib.Tokenizer:
-  """The run's tokenizer: kept in the run, given, or trained on its texts.
+def _kept_tokenizer(cfg: config.TrainConfig) -> tokenizer_lib.Tokenizer:
+  return tokenizer_lib.load(os.path.join(cfg.workdir, 'tokenizer'))
+
+
+def _make_tokenizer(cfg: config.TrainConfig) -> None:
+  """Puts a tokenizer in the run, given or trained on its texts.
 
   One that is left over from other settings is made anew, unless a checkpoint
   depends on it: then comparing the configs tells the user.
@@ -108,14 +142,13 @@ def _tokenizer(cfg: config.TrainConfig) -> tokenizer_lib.Tokenizer:
     with open(os.path.join(kept, 'origin.json'), encoding='utf-8') as file:
       same = json.load(file) == origin
     if same or _has_checkpoint(cfg):
-      return tokenizer_lib.load(kept)
+      return
   if (given := _given(cfg.init)) is not None:
     tok = tokenizer_lib.load(given, _family(cfg.init))
   else:
     tok = tokenizer_lib.train(_texts(cfg), cfg.model.llm.vocab_size)
   tok.save(kept)
   checkpoint.write_json(os.path.join(kept, 'origin.json'), origin)
-  return tok
 
 
 def _given(init_cfg: config.InitConfig) -> str | None:

@@ -3,7 +3,6 @@
 
 import dataclasses
 import math
-import os
 import pathlib
 import time
 from typing import Any, NamedTuple
@@ -15,10 +14,11 @@ from moellava_jax import checkpoint, config, sharding, trees
 from moellava_jax.data import pipeline, sources
 from moellava_jax.train import (
     about,
+    cluster,
     diagnose,
     init,
     inputs,
-    placement,
+    preflight,
     program,
     table,
 )
@@ -48,15 +48,18 @@ def run(cfg: config.TrainConfig) -> None:
       (`checkpoint.CheckpointError`) that cannot be used.
     FloatingPointError: ten steps in a row were not finite.
   """
-  os.makedirs(cfg.workdir, exist_ok=True)
   sharding.simulate_devices(cfg.mesh.cpu_devices)  # Before Orbax starts JAX.
-  todo = _unfinished(cfg)
+  meshes = preflight.check(cfg)
+  begins = cluster.together('the checkpoints', lambda: _unfinished(cfg))
+  cluster.agree('the checkpoints', begins)
+  todo = list(begins)
   if not todo:
     about.write_stages(cfg)
-    print(f'All of {", ".join(cfg.stages)} are finished in {cfg.workdir}.')
+    cluster.say(
+        f'All of {", ".join(cfg.stages)} are finished in {cfg.workdir}.'
+    )
     return
   data = inputs.read(cfg, todo)
-  meshes = {stage: placement.mesh_for(cfg, stage) for stage in todo}
   about.write_run(cfg)
   for stage in todo:
     with sharding.use(meshes[stage]):
@@ -64,22 +67,26 @@ def run(cfg: config.TrainConfig) -> None:
     about.write_stages(cfg)
 
 
-def _unfinished(cfg: config.TrainConfig) -> list[str]:
+def _unfinished(cfg: config.TrainConfig) -> dict[str, str]:
   """The stages that are left to do, after comparing what is there.
+
+  Returns:
+    By stage the path of its newest step, '' before the first.
 
   Raises:
     CheckpointError: a checkpoint of another config, or no checkpoint to start
       the first of these stages from.
   """
-  todo = []
+  todo = {}
   for stage in cfg.stages:
     if (final := checkpoint.final_of(cfg.workdir, stage)) is not None:
       saved = config.from_json((final / 'config.json').read_text())
       _check_same(saved, cfg, stage, str(final))
       continue
-    todo.append(stage)
+    todo[stage] = ''
     if (latest := checkpoint.latest_meta(cfg.workdir, stage)) is not None:
       path, meta = latest
+      todo[stage] = path
       _check_same(config.from_dict(meta['config']), cfg, stage, path)
     elif len(todo) == 1:
       origin = init.source(cfg, stage) or ''
@@ -183,12 +190,10 @@ class _StageRun:
     self._finish(state, frozen)
 
   def _print_table(self, state, frozen) -> None:
-    if jax.process_index():
-      return
     rows = table.table(state.trained, frozen, state.opt_state)
-    print(f'{self._stage}: {table.summary(rows, self._mesh)}', flush=True)
+    cluster.say(f'{self._stage}: {table.summary(rows, self._mesh)}')
     if self._cfg.mesh.print_table:
-      print(table.text(rows), flush=True)
+      cluster.say(table.text(rows))
 
   def _restore_or_start(self):
     """Returns (state, frozen parameters, batches done before)."""
@@ -206,7 +211,7 @@ class _StageRun:
       self._before = 0.0
       return self._program.init_state(trained), frozen, 0
     meta = self._checkpoints.read_meta(latest)
-    print(f'{self._stage}: going on after step {latest}', flush=True)
+    cluster.say(f'{self._stage}: going on after step {latest}')
     self._frozen_hash = meta['frozen']
     frozen = checkpoint.load_frozen(
         self._cfg.workdir,

@@ -4,9 +4,18 @@
 python -m moellava_jax.train.main --config=configs/shapes.py
 python -m moellava_jax.train.main --config=configs/shapes.py:moe
 python -m moellava_jax.train.main --config=... --config.moe.lr=1e-4
+
+Several processes train together when the same command runs in each of them:
+as tasks of SLURM or Open MPI, on the hosts of a TPU slice or in a Kubernetes
+JobSet they find each other; elsewhere each is told its place:
+
+python -m moellava_jax.train.main --config=... --process_id=0 \
+    --num_processes=2 --coordinator_address=HOST_OF_PROCESS_0:8476
+
+Exit codes: 0 done, 1 an error; SIGABRT where another process has died.
 """
 
-import sys
+import os
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -16,6 +25,31 @@ from moellava_jax import config
 _CONFIG = config_flags.DEFINE_config_file(
     'config', None, 'Config file, optionally with :stage.', lock_config=True
 )
+_COORDINATOR = flags.DEFINE_string(
+    'coordinator_address', None, 'host:port of process 0, seen from all.'
+)
+_PROCESSES = flags.DEFINE_integer(
+    'num_processes', None, 'Processes of the run.', lower_bound=1
+)
+_PROCESS = flags.DEFINE_integer(
+    'process_id', None, 'Number of this process, from 0.', lower_bound=0
+)
+_START = flags.DEFINE_integer(
+    'start_timeout_s',
+    300,
+    'How long to wait for the other processes to start.',
+    lower_bound=1,
+)
+_HEARTBEAT = flags.DEFINE_integer(
+    'heartbeat_timeout_s',
+    60,
+    'A process without a sign of life for that long is dead, and ends the run.',
+    lower_bound=1,
+)
+
+# XLA sizes the threads of simulated devices by the cores. With few of them,
+# devices that wait for each other leave none for those that are waited for.
+_THREADS = 32
 
 
 def main(argv):
@@ -25,12 +59,23 @@ def main(argv):
     raise app.UsageError('--config=FILE is required.')
   if flags.FLAGS.verbosity <= 0:
     logging.set_verbosity(logging.WARNING)  # Orbax narrates every save.
-  from moellava_jax.train import loop  # After the flags: JAX starts here.
+  if (os.cpu_count() or 1) < _THREADS:
+    os.environ.setdefault('NPROC', str(_THREADS))
+  # After the flags: JAX starts here.
+  from moellava_jax.train import cluster, ending, loop
 
   try:
+    cluster.start(
+        _COORDINATOR.value,
+        _PROCESSES.value,
+        _PROCESS.value,
+        start_timeout_s=_START.value,
+        heartbeat_timeout_s=_HEARTBEAT.value,
+    )
+    ending.watch()
     loop.run(config.from_dict(_CONFIG.value))
-  except (config.UserError, FloatingPointError) as error:
-    sys.exit(f'error: {error}')
+  except Exception as error:
+    ending.fail(error)
 
 
 if __name__ == '__main__':

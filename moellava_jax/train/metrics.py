@@ -10,6 +10,8 @@ import zlib
 
 import numpy as np
 
+from moellava_jax.train import cluster
+
 
 def layer_metrics(stats: Any, balance: Any, count: int) -> dict[str, Any]:
   """Readable figures of one sparse layer.
@@ -91,10 +93,13 @@ class Writer:
   """Appends records to `metrics.jsonl`, and to TensorBoard if installed.
 
   What comes after `step` of `stage` in an earlier history is forgotten, as it
-  will be done again; other stages keep theirs.
+  will be done again; other stages keep theirs. Only process 0 writes.
   """
 
   def __init__(self, workdir: str, stage: str, step: int):
+    self._file = self._board = None
+    if not cluster.is_first():
+      return
     path = os.path.join(workdir, 'metrics.jsonl')
     kept = _history(path, stage, step)
     temporary = path + '.tmp'
@@ -102,7 +107,6 @@ class Writer:
       file.writelines(kept)
     os.replace(temporary, path)
     self._file = open(path, 'a', encoding='utf-8')
-    self._board = None
     if importlib.util.find_spec('tensorboardX') is not None:
       import tensorboardX
 
@@ -111,14 +115,16 @@ class Writer:
       )
 
   def write(self, record: dict[str, Any]) -> None:
-    self._file.write(json.dumps(record) + '\n')
-    self._file.flush()
+    if self._file is not None:
+      self._file.write(json.dumps(record) + '\n')
+      self._file.flush()
     if self._board is not None:
       for name, value in _scalars(record):
         self._board.add_scalar(name, value, record['step'])
 
   def close(self) -> None:
-    self._file.close()
+    if self._file is not None:
+      self._file.close()
     if self._board is not None:
       self._board.close()
 
@@ -149,14 +155,17 @@ def _scalars(record: dict[str, Any], prefix: str = ''):
 
 
 class Display:
-  """A live bar on a terminal, a plain line every `every` steps elsewhere."""
+  """A live bar on a terminal, a plain line every `every` steps elsewhere.
+
+  Only process 0 shows anything.
+  """
 
   def __init__(self, stage: str, first: int, steps: int, every: int):
     from rich import console, progress
 
     self._stage, self._steps, self._every = stage, steps, every
     self._bar = None
-    if console.Console(file=sys.stderr).is_terminal:
+    if cluster.is_first() and console.Console(file=sys.stderr).is_terminal:
       self._bar = progress.Progress(
           progress.TextColumn('[bold]{task.description:9}'),
           progress.BarColumn(),
@@ -182,7 +191,7 @@ class Display:
     if self._bar is not None:
       self._bar.update(self._task, completed=step, text=text)
     elif step % self._every == 0 or step in (1, self._steps):
-      print(f'{self._stage} {step}/{self._steps}  {text}', flush=True)
+      cluster.say(f'{self._stage} {step}/{self._steps}  {text}')
 
   def close(self) -> None:
     if self._bar is not None:

@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real processes that find each other, agree or not, and fail together."""
+
+import os
+import pathlib
+import resource
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+
+from moellava_jax import config
+from moellava_jax.train import cluster, preflight
+from tests import tiny
+
+_ROOT = pathlib.Path(__file__).parents[2]
+_JOIN = """
+import os, sys
+from moellava_jax import config
+from moellava_jax.train import cluster, ending
+
+def join(heartbeat=60):
+  address, process = sys.argv[1:]
+  cluster.start(
+      address, 2, int(process), start_timeout_s=60, heartbeat_timeout_s=heartbeat
+  )
+  ending.watch()
+"""
+
+
+def _address() -> str:
+  with socket.socket() as probe:
+    probe.bind(('127.0.0.1', 0))
+    return f'127.0.0.1:{probe.getsockname()[1]}'
+
+
+def _run(*scripts: str, env=({}, {}, {})) -> list[tuple[int, str]]:
+  """Runs a script a process, each in its environment, all at once.
+
+  Returns:
+    (exit code, output) of each.
+  """
+  address = _address()
+  processes = [
+      subprocess.Popen(
+          [
+              sys.executable,
+              '-c',
+              _JOIN + textwrap.dedent(script),
+              address,
+              str(n),
+          ],
+          cwd=_ROOT,
+          env={**os.environ, **env[n]},
+          stdout=subprocess.PIPE,
+          stderr=subprocess.STDOUT,
+          text=True,
+      )
+      for n, script in enumerate(scripts)
+  ]
+  try:
+    outputs = [p.communicate(timeout=300)[0] for p in processes]
+  finally:
+    for process in processes:
+      process.kill()
+      process.wait()
+  return [
+      (p.returncode, out) for p, out in zip(processes, outputs, strict=True)
+  ]
+
+
+def test_processes_do_things_together_and_agree():
+  script = """
+      join()
+      me = cluster.process()
+      assert cluster.gather('names', f'p{me}') == ['p0', 'p1']
+      assert cluster.together('counting', lambda: me + 1) == me + 1
+      cluster.first('once', lambda: print('ran'))
+      cluster.agree('settings', {'seed': '0'})
+      try:
+        cluster.agree('settings', {'seed': str(me), 'lr': '1'})
+      except cluster.ClusterError as error:
+        print(error)
+      def read():
+        if me == 1:
+          raise config.UserError('bad row 7')
+      try:
+        cluster.together('reading', read)
+      except cluster.ClusterError as error:
+        print(error)
+      try:  # As with other files or other code.
+        cluster.together('reading' if me else 'writing', lambda: None)
+      except cluster.ClusterError as error:
+        ending.fail(error)
+  """
+  host = socket.gethostname()
+  (code0, zero), (code1, one) = _run(script, script)
+  assert 'ran' in zero and 'ran' not in one
+  for code, output in (code0, zero), (code1, one):
+    assert (
+        f'settings: seed: 0 on process 0 ({host}), 1 on process 1 ({host}).'
+        in output
+    )
+    assert f'process 1 ({host}): bad row 7' in output
+    assert (
+        f'error: The processes do different things: process 0 ({host}):'
+        f" 'writing'; process 1 ({host}): 'reading'."
+    ) in output
+    assert code == 1, output
+
+
+def test_the_failure_of_one_process_ends_the_others():
+  # Process 0 waits, as it would in a step.
+  (code0, zero), (code1, one) = _run(
+      """
+      join()
+      try:
+        cluster.gather('a step', '')
+      except Exception as error:
+        ending.fail(error)
+      """,
+      """
+      join()
+      ending.fail(config.UserError('image 12 cannot be read'), code=3)
+      """,
+  )
+  assert (code0, code1) == (3, 3), zero + one
+  assert 'error: process 1 (' in zero and 'image 12 cannot be read' in zero
+  assert 'error: image 12 cannot be read' in one
+  assert 'Traceback' not in zero + one
+
+
+def test_the_death_of_one_process_ends_the_others():
+  began = time.monotonic()
+  (code0, zero), (code1, _) = _run(
+      """
+      join(heartbeat=5)
+      try:
+        cluster.gather('a step', '')
+      except cluster.ClusterError as error:
+        ending.fail(error)
+      """,
+      """
+      join(heartbeat=5)
+      os._exit(9)
+      """,
+  )
+  assert code1 == 9
+  assert code0 == -6, zero  # As JAX ends a process that waits for devices.
+  assert 'unhealthy' in zero or 'process 1 (' in zero
+  assert time.monotonic() - began < 60
+
+
+def test_a_process_whose_peers_do_not_start_says_so():
+  ((code, output),) = _run("""
+      cluster.start(
+          sys.argv[1], 2, 0, start_timeout_s=2, heartbeat_timeout_s=60
+      )
+      """)
+  assert code == 1, output
+  assert 'has waited 2 s for the other processes of 2 as process 0' in output
+
+
+_FIND = """
+    cluster.start(None, None, None, start_timeout_s=60, heartbeat_timeout_s=60)
+    print('alone' if cluster.alone() else cluster.gather('x', 'here'))
+"""
+
+
+def _slurm(task: int, tasks: int) -> dict[str, str]:
+  return {
+      'SLURM_JOB_ID': '7',
+      'SLURM_STEP_NODELIST': '127.0.0.1',
+      'SLURM_NTASKS': str(tasks),
+      'SLURM_PROCID': str(task),
+      'SLURM_LOCALID': '0',
+  }
+
+
+def _open_mpi(task: int, tasks: int) -> dict[str, str]:
+  return {
+      'OMPI_MCA_orte_hnp_uri': '1531576320.0;tcp://127.0.0.1:34911',
+      'OMPI_COMM_WORLD_SIZE': str(tasks),
+      'OMPI_COMM_WORLD_RANK': str(task),
+      'OMPI_COMM_WORLD_LOCAL_RANK': '0',
+  }
+
+
+@pytest.mark.parametrize('launcher', [_slurm, _open_mpi])
+def test_the_tasks_of_a_launcher_find_each_other(launcher):
+  port = {'JAX_COORDINATOR_PORT': _address().split(':')[1]}
+  env = [launcher(task, 2) | port for task in range(2)]
+  for code, output in _run(_FIND, _FIND, env=env):
+    assert code == 0 and "['here', 'here']" in output, output
+
+
+def test_a_process_without_others_stays_alone():
+  found = _run(
+      *[_FIND] * 3,
+      # In a cluster of one, JAX would leave all but one GPU alone.
+      env=[{}, _slurm(0, 1), {'JOB_COMPLETION_INDEX': '3'}],
+  )
+  for code, output in found[:2]:
+    assert code == 0 and 'alone' in output, output
+  code, output = found[2]
+  assert code == 1 and 'pod 3 of a Kubernetes job' in output, output
+
+
+def test_a_place_that_is_given_in_part_is_an_error():
+  with pytest.raises(config.UserError, match='--process_id must be given too'):
+    cluster.start('host:1', 2, None, start_timeout_s=1, heartbeat_timeout_s=1)
+
+
+def test_preflight_of_a_process_alone(tmp_path, capsys):
+  run = tmp_path / 'run'
+  meshes = preflight.check(tiny.train_config(run))
+  assert {mesh.size for mesh in meshes.values()} == {8}
+  assert list(meshes)[-1] == 'moe' and not list(run.iterdir())
+  said = capsys.readouterr().out
+  assert '8 x cpu in 1 process' in said and 'GB free' in said
+
+
+def test_preflight_refuses_a_folder_that_cannot_be_written(tmp_path):
+  (tmp_path / 'file').write_text('')
+  cfg = tiny.train_config(tmp_path / 'file' / 'run')
+  with pytest.raises(config.UserError, match='cannot be written: .*Not a dir'):
+    preflight.check(cfg)
+  # As on a full disk: the first bytes can be written.
+  cfg = tiny.train_config(tmp_path / 'run')
+  _, hard = soft_hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+  try:
+    with pytest.raises(
+        config.UserError, match='cannot be written: .*too large'
+    ):
+      preflight.check(cfg)
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, soft_hard)
+  assert not list((tmp_path / 'run').iterdir())
