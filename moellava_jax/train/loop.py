@@ -148,7 +148,7 @@ class _StageRun:
     self._guard = watchman
     self._poll = agree.Poll(mesh)
     self._section = cfg.stage(stage)
-    self._began = time.monotonic()
+    self._began = self._saved_at = time.monotonic()
     self._tokenizer = data.tokenizer
     self._layers = ()
     model_cfg = cfg.stage_model(stage)
