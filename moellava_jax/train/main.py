@@ -69,8 +69,11 @@ def main(argv):
     raise app.UsageError('--config=FILE is required.')
   if flags.FLAGS.verbosity <= 0:
     logging.set_verbosity(logging.WARNING)  # Orbax narrates every save.
-    # And every failure, on hundreds of lines; it comes to us as an exception.
-    logging.get_absl_logger().addFilter(lambda r: 'orbax' not in r.pathname)
+    # And every failure, on hundreds of lines, as does the event loop below it;
+    # it comes to us as an exception.
+    logging.get_absl_handler().addFilter(
+        lambda r: 'orbax' not in r.pathname and r.name != 'asyncio'
+    )
   if (os.cpu_count() or 1) < _THREADS:
     os.environ.setdefault('NPROC', str(_THREADS))
   with guard.Guard() as watchman:
