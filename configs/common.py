@@ -124,7 +124,13 @@ def run(tower: str, lm: str) -> Any:
 
   c.checkpoint = ml_collections.ConfigDict()
   c.checkpoint.every = 500
+  c.checkpoint.minutes = config_dict.placeholder(float)
   c.checkpoint.keep = 2
+  c.checkpoint.keep_every = config_dict.placeholder(int)
+
+  c.watchdog = ml_collections.ConfigDict()
+  c.watchdog.step_minutes = 15.0
+  c.watchdog.other_minutes = 60.0
 
   c.warmup = config_dict.placeholder(ml_collections.ConfigDict)
   c.pretrain = stage()

@@ -9,12 +9,18 @@
 `final/` can be copied elsewhere alone; a STEP needs `RUN/frozen/`. A directory
 counts as soon as its parameters do: Orbax renames them into place when they
 are complete, so a kill at any moment leaves the previous state.
+
+A step that cannot be read is an error that names it, and never passed over:
+no kill leaves one, so something else is wrong, which may pass (a network disk,
+memory), and whoever knows decides whether to delete it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+import contextlib
 import hashlib
 import json
 import math
+import time
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -26,9 +32,32 @@ import orbax.checkpoint as ocp
 
 from moellava_jax import config, trees
 
+_DAMAGED = (
+    'If its files are damaged, copy them again or take another checkpoint.'
+)
+_NO_ROOM = (
+    'What was saved before is untouched. Make room or mend the disk, and run'
+    ' the same command again to go on from there.'
+)
+
 
 class CheckpointError(config.UserError):
   """A checkpoint that cannot be used; the message says what to do."""
+
+
+@contextlib.contextmanager
+def _explained(what: str, advice: str) -> Iterator[None]:
+  """Any failure inside becomes a CheckpointError: what, why, what to do."""
+  try:
+    yield
+  except config.UserError:
+    raise
+  except Exception as error:
+    # Orbax, TensorStore and the file systems below share no base class.
+    lines = str(error).strip().splitlines() or ['']
+    raise CheckpointError(
+        f'{what}: {type(error).__name__}: {lines[0][:500]}. {advice}'
+    ) from error
 
 
 def fingerprint(tree: Any) -> str:
@@ -109,7 +138,10 @@ def _save(path: epath.Path, tree: Any) -> None:
 
 
 def _restore(path: epath.Path, abstract: Any) -> Any:
-  with _checkpointer(abstract) as checkpointer:
+  with (
+      _explained(f'{path} cannot be read', _DAMAGED),
+      _checkpointer(abstract) as checkpointer,
+  ):
     return checkpointer.restore(path, args=ocp.args.StandardRestore(abstract))
 
 
@@ -129,16 +161,44 @@ def write_json(path: Any, value: Any) -> None:
   temporary.replace(path)
 
 
+def make_run(path: str) -> None:
+  """Makes the directory of a run; CheckpointError if that is not possible."""
+  with _explained(f'{path} cannot be made', 'Use another --config.workdir.'):
+    epath.Path(path).mkdir(parents=True, exist_ok=True)
+
+
+def _steps(folder: epath.Path) -> list[int]:
+  """The complete steps of a stage, ascending."""
+  return sorted(ocp.utils.checkpoint_steps(folder))
+
+
 def latest_meta(run: str, stage: str) -> tuple[str, dict[str, Any]] | None:
-  """(path, description) of the newest step of a stage, if there is one."""
-  folder = epath.Path(run) / stage
-  if not folder.exists():
-    return None
-  steps = [int(p.name) for p in folder.iterdir() if p.name.isdecimal()]
+  """(path, description) of the newest step of a stage, if there is one.
+
+  Raises:
+    CheckpointError: it cannot be read.
+  """
+  folder = epath.Path(run).absolute() / stage
+  with _explained(f'{folder} cannot be read', 'Use another --config.workdir.'):
+    steps = _steps(folder)
   if not steps:
     return None
-  path = folder / str(max(steps))
-  return str(path), _read_meta(path)
+  with _readable(folder, steps[-1]):
+    return str(folder / str(steps[-1])), _read_meta(folder / str(steps[-1]))
+
+
+@contextlib.contextmanager
+def _readable(folder: epath.Path, step: int) -> Iterator[None]:
+  """Explains what to do about a step that cannot be read."""
+  path = folder / str(step)
+  earlier = [s for s in _steps(folder) if s < step]
+  goes_on = f'after step {earlier[-1]}' if earlier else 'at its first step'
+  advice = (
+      'If its files are damaged (a kill does not do that), delete or move'
+      f' {path}: the stage then goes on {goes_on}.'
+  )
+  with _explained(f'Checkpoint {path} cannot be read', advice):
+    yield
 
 
 def _read_meta(step: epath.Path) -> dict[str, Any]:
@@ -147,50 +207,105 @@ def _read_meta(step: epath.Path) -> dict[str, Any]:
 
 
 class Stage:
-  """The checkpoints of one stage of a run."""
+  """The checkpoints of one stage of a run.
+
+  Attributes:
+    count: saves begun.
+    blocked: seconds for which they kept the caller waiting.
+  """
 
   def __init__(self, run: str, stage: str, cfg: config.CheckpointConfig):
     self.name = stage
+    self.count = 0
+    self.blocked = 0.0
     self._run = epath.Path(run).absolute()
     self._dir = self._run / stage
-    self._manager = ocp.CheckpointManager(
-        self._dir,
-        options=ocp.CheckpointManagerOptions(
-            max_to_keep=cfg.keep, create=True, enable_async_checkpointing=True
-        ),
-        item_names=('trained', 'optimizer', 'meta'),
-    )
+    policies = ocp.checkpoint_managers
+    kept: list[Any] = [policies.LatestN(cfg.keep)]
+    if cfg.keep_every is not None:
+      kept.append(policies.EveryNSteps(cfg.keep_every))
+    with _explained(
+        f'{self._dir} cannot be written', 'Use another --config.workdir.'
+    ):
+      self._manager = ocp.CheckpointManager(
+          self._dir,
+          options=ocp.CheckpointManagerOptions(
+              preservation_policy=policies.AnyPreservationPolicy(kept),
+              create=True,
+              cleanup_tmp_directories=True,  # What kills have left.
+              enable_async_checkpointing=True,
+          ),
+          item_names=('trained', 'optimizer', 'meta'),
+      )
 
   def latest_step(self) -> int | None:
     return self._manager.latest_step()
 
   def read_meta(self, step: int) -> dict[str, Any]:
     args = ocp.args.Composite(meta=ocp.args.JsonRestore())
-    return self._manager.restore(step, args=args)['meta']
+    with _readable(self._dir, step):
+      return self._manager.restore(step, args=args)['meta']
 
   def save(
       self, step: int, trained: Any, optimizer: Any, meta: dict[str, Any]
-  ) -> None:
-    """Starts an asynchronous save; the previous one is waited for."""
+  ) -> float:
+    """Starts an asynchronous save; the previous one is waited for.
+
+    Args:
+      step: what the checkpoint is called.
+      trained: the trained parameters.
+      optimizer: what goes on with them.
+      meta: JSON; `meta['frozen']` is what `save_frozen` returned.
+
+    Returns:
+      The seconds until training may go on.
+
+    Raises:
+      CheckpointError: this save, or the one before, has failed.
+    """
+    began = time.monotonic()
+    self.wait()
+    frozen = self._run / 'frozen' / meta['frozen'] / 'params'
+    for path in (self._dir, *([frozen] if meta['frozen'] else [])):
+      if not path.exists():
+        raise CheckpointError(
+            f'{path} has vanished during the run, so step {step} is not saved:'
+            ' it would be of no use without. Put it back, or begin again in'
+            ' another --config.workdir.'
+        )
     meta = {**meta, 'trained': _shapes(trained)}
-    self._manager.save(
-        step,
-        args=ocp.args.Composite(
-            trained=ocp.args.StandardSave(trained),
-            optimizer=ocp.args.StandardSave(optimizer),
-            meta=ocp.args.JsonSave(meta),
-        ),
-    )
+    with self._saving(f'Step {step}'):
+      self._manager.save(
+          step,
+          args=ocp.args.Composite(
+              trained=ocp.args.StandardSave(trained),
+              optimizer=ocp.args.StandardSave(optimizer),
+              meta=ocp.args.JsonSave(meta),
+          ),
+          force=True,
+      )
+    seconds = time.monotonic() - began
+    self.count += 1
+    self.blocked += seconds
+    return seconds
+
+  def _saving(self, what: str):
+    return _explained(f'{what} cannot be saved in {self._dir}', _NO_ROOM)
 
   def restore(self, step: int, trained: Any, optimizer: Any):
-    """Returns (trained, optimizer) like the abstract trees given."""
-    restored = self._manager.restore(
-        step,
-        args=ocp.args.Composite(
-            trained=ocp.args.StandardRestore(trained),
-            optimizer=ocp.args.StandardRestore(optimizer),
-        ),
-    )
+    """Returns (trained, optimizer) like the abstract trees given.
+
+    Raises:
+      CheckpointError: the step cannot be read.
+    """
+    with _readable(self._dir, step):
+      restored = self._manager.restore(
+          step,
+          args=ocp.args.Composite(
+              trained=ocp.args.StandardRestore(trained),
+              optimizer=ocp.args.StandardRestore(optimizer),
+          ),
+      )
     return restored['trained'], restored['optimizer']
 
   def save_frozen(self, frozen: Any) -> str:
@@ -202,23 +317,32 @@ class Stage:
     # One process looks, as all have to do the same.
     there = (path / 'params').exists()
     if not multihost_utils.broadcast_one_to_all(np.int32(there)):
-      if _is_first():
-        path.mkdir(parents=True, exist_ok=True)
-        write_json(path / 'shapes.json', _shapes(frozen))
-      _save(path / 'params', frozen)
+      with self._saving('What the stage does not train'):
+        if _is_first():
+          path.mkdir(parents=True, exist_ok=True)
+          write_json(path / 'shapes.json', _shapes(frozen))
+        _save(path / 'params', frozen)
     return name
 
   def save_final(self, params: Any, cfg: config.TrainConfig, meta, tokenizer):
     """Writes `final/`; `tokenizer(directory)` saves the tokenizer."""
     self.wait()
     path = self._dir / 'final'
-    write_final(path, params, cfg, self.name, meta, tokenizer)
+    with self._saving('The final model'):
+      write_final(path, params, cfg, self.name, meta, tokenizer)
+
+  def check(self) -> None:
+    """Raises CheckpointError if a save in the background has failed."""
+    if not self._manager.is_saving_in_progress():
+      self.wait()
 
   def wait(self) -> None:
-    self._manager.wait_until_finished()
+    """Waits for the save in the background; raises CheckpointError."""
+    with self._saving('The newest step'):
+      self._manager.wait_until_finished()
 
   def close(self) -> None:
-    self._manager.wait_until_finished()
+    self.wait()
     self._manager.close()
 
 
@@ -282,9 +406,8 @@ def find(path: str) -> epath.Path:
   for stage in reversed(config.STAGES):
     if (found := final_of(path, stage)) is not None:
       return found
-  steps = [int(p.name) for p in root.iterdir() if p.name.isdecimal()]
-  if steps:
-    return root / str(max(steps))
+  if steps := _steps(root):
+    return root / str(steps[-1])
   raise CheckpointError(
       f'{path} holds no finished checkpoint: expected a run directory with a'
       ' finished stage, a stage directory, one of its steps, or a copied'
@@ -325,7 +448,8 @@ def load(
 
 
 def _load_step(found: epath.Path, shardings, default) -> Model:
-  meta = _read_meta(found)
+  with _explained(f'{found} cannot be read', _DAMAGED):
+    meta = _read_meta(found)
   trained = _restore(
       found.absolute() / 'trained',
       abstract(meta['trained'], shardings, default),

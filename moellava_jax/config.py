@@ -264,7 +264,18 @@ class OptimizerConfig:
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
   every: int  # Steps.
-  keep: int
+  minutes: float | None  # Also when the last one is that old.
+  keep: int  # The newest ones of a stage.
+  keep_every: int | None  # Those of its multiples stay for good.
+
+
+@dataclasses.dataclass(frozen=True)
+class WatchdogConfig:
+  """Minutes after which a process that makes no progress ends; None: never."""
+
+  step_minutes: float | None
+  # The first step (with compilation), reading and writing a model, evaluation.
+  other_minutes: float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,6 +291,7 @@ class TrainConfig:
   data: DataConfig
   optimizer: OptimizerConfig
   checkpoint: CheckpointConfig
+  watchdog: WatchdogConfig
   log_every: int
   warmup: StageConfig | None
   pretrain: StageConfig
@@ -353,11 +365,21 @@ def _check(cfg: TrainConfig) -> None:
       'max_group_size',
       'every',
       'keep',
+      'keep_every',
       'log_every',
   )
+  minutes = ('minutes', 'step_minutes', 'other_minutes')
   for path, value in _flatten(dataclasses.asdict(cfg)):
     if path.split('.')[-1] in positive and value is not None and value < 1:
       raise UserError(f'config.{path} is {value}; expected at least 1.')
+    if path.split('.')[-1] in minutes and value is not None and value <= 0:
+      raise UserError(f'config.{path} is {value}; expected more than 0.')
+  section = cfg.checkpoint
+  if section.keep_every is not None and section.keep_every % section.every:
+    raise UserError(
+        f'config.checkpoint.keep_every is {section.keep_every}; expected a'
+        f' multiple of checkpoint.every={section.every}: no others are saved.'
+    )
 
 
 def build(cls: type, raw: Mapping[str, Any], where: str) -> Any:
@@ -428,6 +450,7 @@ _VOLATILE = (
     'log_every',
     'mesh.',
     'checkpoint.',
+    'watchdog.',
     'data.num_threads',
     'data.prefetch',
 )

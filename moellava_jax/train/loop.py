@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run: its stages one after the other, each resumable at any moment."""
 
+import contextlib
 import dataclasses
 import math
 import pathlib
@@ -14,8 +15,10 @@ from moellava_jax import checkpoint, config, sharding, trees
 from moellava_jax.data import pipeline, sources
 from moellava_jax.train import (
     about,
+    agree,
     cluster,
     diagnose,
+    guard,
     init,
     inputs,
     preflight,
@@ -37,17 +40,26 @@ class Pending(NamedTuple):
   eval_loss: float | None
 
 
-def run(cfg: config.TrainConfig) -> None:
+def run(cfg: config.TrainConfig, watchman: guard.Guard | None = None) -> None:
   """Trains all stages of `cfg`, going on where an earlier call stopped.
 
   Everything that can be wrong with settings, checkpoints and data is found
   before anything is compiled.
 
+  Args:
+    cfg: of the run.
+    watchman: entered by the caller; None: signals do what they usually do, and
+      nothing watches over the time that a step takes.
+
   Raises:
+    guard.Stopped: `watchman` was told to stop, and a checkpoint is written.
     config.UserError: settings, data (`sources.DataError`) or checkpoints
       (`checkpoint.CheckpointError`) that cannot be used.
     FloatingPointError: ten steps in a row were not finite.
   """
+  watchman = watchman or guard.Guard()
+  watchman.workdir = cfg.workdir
+  watchman.watch('reading the data', None, disposable=True)
   sharding.simulate_devices(cfg.mesh.cpu_devices)  # Before Orbax starts JAX.
   meshes = preflight.check(cfg)
   begins = cluster.together('the checkpoints', lambda: _unfinished(cfg))
@@ -61,9 +73,10 @@ def run(cfg: config.TrainConfig) -> None:
     return
   data = inputs.read(cfg, todo)
   about.write_run(cfg)
+  watchman.process = jax.process_index()
   for stage in todo:
     with sharding.use(meshes[stage]):
-      _StageRun(cfg, stage, meshes[stage], data).train()
+      _StageRun(cfg, stage, meshes[stage], data, watchman).train()
     about.write_stages(cfg)
 
 
@@ -112,11 +125,18 @@ class _StageRun:
   """One stage: its data, its compiled steps and its state."""
 
   def __init__(
-      self, cfg: config.TrainConfig, stage: str, mesh, data: inputs.Inputs
+      self,
+      cfg: config.TrainConfig,
+      stage: str,
+      mesh,
+      data: inputs.Inputs,
+      watchman: guard.Guard,
   ):
     self._cfg, self._stage, self._mesh = cfg, stage, mesh
+    self._guard = watchman
+    self._poll = agree.Poll(mesh)
     self._section = cfg.stage(stage)
-    self._began = time.monotonic()
+    self._began = self._saved_at = time.monotonic()
     self._tokenizer = data.tokenizer
     self._layers = ()
     model_cfg = cfg.stage_model(stage)
@@ -136,13 +156,40 @@ class _StageRun:
         rows / self._section.batch_size
     )
     self._program = program.Program(cfg, stage, mesh, self._steps)
+    # Of the save before the next record. The record of the step that is saved
+    # is on the disk by then, lest a kill leave the step without it.
+    self._save_seconds: float | None = None
     self._checkpoints = checkpoint.Stage(cfg.workdir, stage, cfg.checkpoint)
 
   def train(self) -> None:
-    """Runs the stage to its end and writes `final/`."""
+    """Runs the stage to its end and writes `final/`.
+
+    Raises:
+      guard.Stopped: after a checkpoint, or before the stage has begun.
+    """
+    if self._poll.now(self._wish()) == agree.STOP:
+      raise guard.Stopped(f'Stopped before stage {self._stage!r}.')
+    self._watch_other('the start of the stage', disposable=True)
     state, frozen, first = self._restore_or_start()
     self._print_table(state, frozen)
     self._writer = metrics_lib.Writer(self._cfg.workdir, self._stage, first)
+    display = metrics_lib.Display(
+        self._stage, first, self._steps, self._cfg.log_every
+    )
+    with contextlib.ExitStack() as stack:
+      # Also after an error: a checkpoint that was begun is worth completing.
+      stack.callback(self._checkpoints.wait)
+      stack.callback(self._writer.close)
+      stack.callback(display.close)
+      state = self._steps_from(first, state, frozen, display)
+    if state is None:
+      self._checkpoints.close()
+      self._print_blocked()
+      raise guard.Stopped(f'Stopped in stage {self._stage!r}.')
+    self._finish(state, frozen)
+
+  def _steps_from(self, first: int, state, frozen, display):
+    """Does the steps after `first`; returns the state, None if stopped."""
     train_step = self._program.train_step(state, frozen)
     eval_step = self._program.eval_step(state, frozen)
     batches = pipeline.train_batches(
@@ -152,42 +199,53 @@ class _StageRun:
         first,
         share=self._share(),
     )
-    display = metrics_lib.Display(
-        self._stage, first, self._steps, self._cfg.log_every
-    )
     pending = None
-    self._last = time.monotonic()
-    try:
-      for step in range(first + 1, self._steps + 1):
-        batch = next(batches)
-        rows = sharding.put_batch(batch, self._mesh)
-        state, metrics = train_step(state, frozen, rows)
-        # The record of a step is made while the next one runs.
-        if pending is not None:
-          self._log(display, pending, state, frozen)
-        pending = Pending(step, metrics, rows, None)
-        last = step == self._steps
-        saves = last or step % self._cfg.checkpoint.every == 0
-        if self._eval_batches and (
-            last or step % self._section.eval_every == 0
-        ):
-          jax.block_until_ready(metrics)
-          began = time.monotonic()
-          loss = self._evaluate(eval_step, state, frozen)
-          self._last += time.monotonic() - began
-          pending = pending._replace(eval_loss=loss)
-        if saves:  # The history must not lag behind the checkpoint.
-          self._log(display, pending, state, frozen)
-          pending = None
-          if not last:
-            self._save(step, state)
-            self._last = time.monotonic()
-    finally:
-      display.close()
-      self._writer.close()
-      # Also after an error: a checkpoint that was begun is worth completing.
-      self._checkpoints.wait()
-    self._finish(state, frozen)
+    self._last = self._saved_at = time.monotonic()
+    for step in range(first + 1, self._steps + 1):
+      batch = next(batches)
+      rows = sharding.put_batch(batch, self._mesh)
+      state, metrics = train_step(state, frozen, rows)
+      # The record of a step is made while the next one runs.
+      if pending is not None:
+        self._log(display, pending, state, frozen)
+      pending = Pending(step, metrics, rows, None)
+      last = step == self._steps
+      asked = self._poll.after_step(self._wish())
+      if self._eval_batches and (last or step % self._section.eval_every == 0):
+        pending = pending._replace(
+            eval_loss=self._evaluate(eval_step, state, frozen, metrics)
+        )
+      due = step % self._cfg.checkpoint.every == 0 or asked != agree.CONTINUE
+      if due or last:  # The history must not lag behind the checkpoint.
+        self._log(display, pending, state, frozen)
+        pending = None
+      if due and not last:
+        self._save(step, state)
+      if asked == agree.STOP and not last:
+        return None
+    return state
+
+  def _wish(self) -> int:
+    """What this process would like to do after this step."""
+    if self._guard.stopping:
+      return agree.STOP
+    minutes = self._cfg.checkpoint.minutes
+    age = time.monotonic() - self._saved_at
+    if minutes is not None and age >= 60 * minutes:
+      return agree.SAVE
+    return agree.CONTINUE
+
+  def _watch_other(self, what: str, *, disposable: bool = False) -> None:
+    self._guard.watch(
+        f'{self._stage}: {what}',
+        self._cfg.watchdog.other_minutes,
+        disposable=disposable,
+    )
+
+  def _watch_step(self, step: int) -> None:
+    self._guard.watch(
+        f'{self._stage}: step {step}', self._cfg.watchdog.step_minutes
+    )
 
   def _print_table(self, state, frozen) -> None:
     rows = table.table(state.trained, frozen, state.opt_state)
@@ -229,8 +287,14 @@ class _StageRun:
     """The rows of a global batch that this process reads."""
     return sharding.rows_of_process(self._mesh, self._section.batch_size)
 
-  def _evaluate(self, eval_step, state, frozen) -> float:
-    """Mean held-out loss over targets, routing as in evaluation."""
+  def _evaluate(self, eval_step, state, frozen, metrics) -> float:
+    """Mean held-out loss over targets, routing as in evaluation.
+
+    `metrics` are of the step before it, whose time ends when they are there.
+    """
+    jax.block_until_ready(metrics)
+    self._watch_other('evaluation')
+    began = time.monotonic()
     sums = [
         eval_step(state.trained, frozen, sharding.put_batch(b, self._mesh))
         for b in self._eval_batches
@@ -238,11 +302,14 @@ class _StageRun:
     loss, weight = (
         sum(float(x) for x in column) for column in zip(*sums, strict=True)
     )
+    self._last += time.monotonic() - began
     return loss / max(weight, 1.0)
 
   def _log(self, display, pending: Pending, state, frozen) -> None:
     """Writes the record of a step; `state` is the newest one."""
     host = jax.device_get(pending.metrics)
+    self._checkpoints.check()
+    self._watch_step(pending.step + 1)
     now = time.monotonic()
     record = metrics_lib.step_record(
         self._stage,
@@ -253,6 +320,9 @@ class _StageRun:
         layers=self._layers,
     )
     self._last = now
+    if self._save_seconds is not None:
+      record['save_seconds'] = self._save_seconds
+      self._save_seconds = None
     if pending.eval_loss is not None:
       record['eval_loss'] = pending.eval_loss
     self._writer.write(record)
@@ -282,7 +352,8 @@ class _StageRun:
     return self._before + time.monotonic() - self._began
 
   def _save(self, step: int, state) -> None:
-    self._checkpoints.save(
+    self._watch_other(f'the checkpoint of step {step}')
+    self._save_seconds = self._checkpoints.save(
         step,
         state.trained,
         _beside(state),
@@ -294,8 +365,11 @@ class _StageRun:
             'seconds': self._seconds(),
         },
     )
+    self._last = self._saved_at = time.monotonic()
+    self._watch_step(step + 1)
 
   def _finish(self, state, frozen) -> None:
+    self._watch_other('writing the model')
     params = trees.merge(state.trained, frozen)
     params.pop('probe', None)
     summary = {
@@ -309,6 +383,16 @@ class _StageRun:
         params, self._cfg, summary, self._tokenizer.save
     )
     self._checkpoints.close()
+    self._print_blocked()
+
+  def _print_blocked(self) -> None:
+    """Says what saving has cost since the stage was begun or resumed."""
+    saved, total = self._checkpoints, time.monotonic() - self._began
+    if saved.count:
+      print(
+          f'{self._stage}: {saved.count} checkpoints held training up for'
+          f' {saved.blocked:.2f} s, {saved.blocked / total:.2%} of its time'
+      )
 
 
 def _beside(state: state_lib.TrainState) -> dict[str, Any]:

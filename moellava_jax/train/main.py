@@ -12,15 +12,24 @@ JobSet they find each other; elsewhere each is told its place:
 python -m moellava_jax.train.main --config=... --process_id=0 \
     --num_processes=2 --coordinator_address=HOST_OF_PROCESS_0:8476
 
-Exit codes: 0 done, 1 an error; SIGABRT where another process has died.
+SIGTERM or Ctrl-C: training finishes its step, saves a checkpoint and ends; a
+second Ctrl-C ends it at once.
+
+Exit codes: 0 all stages are finished; 75 stopped by a signal, run the same
+command again to go on; 76 a step did not return (config.watchdog) and the stacks
+of all threads are in RUN/stacks-PROCESS.txt, the same command goes on after the
+last checkpoint; 1 an error that its message explains;
+SIGABRT where another process has died.
 """
 
 import os
+import sys
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from moellava_jax import config
+from moellava_jax.train import guard
 
 _CONFIG = config_flags.DEFINE_config_file(
     'config', None, 'Config file, optionally with :stage.', lock_config=True
@@ -59,23 +68,36 @@ def main(argv):
     raise app.UsageError('--config=FILE is required.')
   if flags.FLAGS.verbosity <= 0:
     logging.set_verbosity(logging.WARNING)  # Orbax narrates every save.
+    # And every failure, on hundreds of lines, as does the event loop below it;
+    # it comes to us as an exception.
+    logging.get_absl_handler().addFilter(
+        lambda r: 'orbax' not in r.pathname and r.name != 'asyncio'
+    )
   if (os.cpu_count() or 1) < _THREADS:
     os.environ.setdefault('NPROC', str(_THREADS))
-  # After the flags: JAX starts here.
-  from moellava_jax.train import cluster, ending, loop
+  with guard.Guard() as watchman:
+    # After the flags: JAX starts here.
+    import jax
 
-  try:
-    cluster.start(
-        _COORDINATOR.value,
-        _PROCESSES.value,
-        _PROCESS.value,
-        start_timeout_s=_START.value,
-        heartbeat_timeout_s=_HEARTBEAT.value,
-    )
-    ending.watch()
-    loop.run(config.from_dict(_CONFIG.value))
-  except Exception as error:
-    ending.fail(error)
+    from moellava_jax.train import cluster, ending, loop
+
+    # It would take SIGTERM away from the guard.
+    jax.config.update('jax_enable_preemption_service', False)
+    try:
+      cluster.start(
+          _COORDINATOR.value,
+          _PROCESSES.value,
+          _PROCESS.value,
+          start_timeout_s=_START.value,
+          heartbeat_timeout_s=_HEARTBEAT.value,
+      )
+      ending.watch()
+      loop.run(config.from_dict(_CONFIG.value), watchman)
+    except guard.Stopped as stopped:
+      cluster.say(f'{stopped} Run the same command again to go on.')
+      sys.exit(guard.STOPPED)
+    except Exception as error:
+      ending.fail(error)
 
 
 if __name__ == '__main__':
