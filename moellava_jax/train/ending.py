@@ -65,7 +65,8 @@ def fail(error: Exception, code: int = 1) -> NoReturn:
   if cluster.alone():
     if not expected:
       raise error
-    sys.exit(f'error: {error}')
+    print(f'error: {error}', file=sys.stderr, flush=True)
+    sys.exit(code)
   with _lock:  # Whoever has it ends the process; this may be a consequence.
     if expected:
       print(f'error: {error}', file=sys.stderr, flush=True)
