@@ -161,12 +161,6 @@ def write_json(path: Any, value: Any) -> None:
   temporary.replace(path)
 
 
-def make_run(path: str) -> None:
-  """Makes the directory of a run; CheckpointError if that is not possible."""
-  with _explained(f'{path} cannot be made', 'Use another --config.workdir.'):
-    epath.Path(path).mkdir(parents=True, exist_ok=True)
-
-
 def _steps(folder: epath.Path) -> list[int]:
   """The complete steps of a stage, ascending."""
   return sorted(ocp.utils.checkpoint_steps(folder))

@@ -389,7 +389,7 @@ class _StageRun:
     """Says what saving has cost since the stage was begun or resumed."""
     saved, total = self._checkpoints, time.monotonic() - self._began
     if saved.count:
-      print(
+      cluster.say(
           f'{self._stage}: {saved.count} checkpoints held training up for'
           f' {saved.blocked:.2f} s, {saved.blocked / total:.2%} of its time'
       )

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run says: `metrics.jsonl`, a progress display, TensorBoard."""
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -10,6 +11,7 @@ import zlib
 
 import numpy as np
 
+from moellava_jax import config
 from moellava_jax.train import cluster
 
 
@@ -116,8 +118,19 @@ class Writer:
 
   def write(self, record: dict[str, Any]) -> None:
     if self._file is not None:
-      self._file.write(json.dumps(record) + '\n')
-      self._file.flush()
+      try:
+        self._file.write(json.dumps(record) + '\n')
+        self._file.flush()
+      except OSError as error:
+        path = self._file.name
+        with contextlib.suppress(OSError):
+          self._file.close()  # It would fail again, with what is left to write.
+        self._file = None
+        raise config.UserError(
+            f'{path} cannot be written: {error.strerror}. Make room'
+            ' or mend the disk, and run the same command again to go on after'
+            ' the last checkpoint.'
+        ) from error
     if self._board is not None:
       for name, value in _scalars(record):
         self._board.add_scalar(name, value, record['step'])
