@@ -142,7 +142,7 @@ def make_train_step(
     cfg: config.TrainConfig,
     stage: str,
     probe_sizes: tuple[int, ...] | None,
-    shards: Any,
+    shards: Any | None = None,
 ) -> Callable[
     [state_lib.TrainState, Any, Batch],
     tuple[state_lib.TrainState, dict[str, Any]],
@@ -152,12 +152,14 @@ def make_train_step(
   `rate` is only reported: `tx` has its own.
 
   Gradients are taken of the trained parameters only. They are summed up and
-  applied in `shards`, the sharding of each (`sharding.zero`), and the new
-  parameters are gathered at the end. A step whose loss or gradient is not
-  finite changes nothing but the counters.
+  applied in `shards`, the sharding of each (`sharding.zero`; None: as they
+  come), and the new parameters are gathered at the end. A step whose loss or
+  gradient is not finite changes nothing but the counters.
   """
 
   def scatter(tree):
+    if shards is None:
+      return tree
     return jax.lax.with_sharding_constraint(tree, shards)
 
   count = cfg.stage(stage).accumulate

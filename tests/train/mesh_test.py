@@ -193,8 +193,9 @@ def test_mesh_divides_optimizer_state_and_gradients():
 
 @functools.cache
 def _routing(name):
-  """Where each token goes on a mesh: [B, T, k] integers and noisy choices."""
+  """Experts, slots and what is kept on a mesh, `[B, T, k]` each."""
   cfg = _config('moe').model
+  params = tiny.params_of(cfg)
   mesh = _mesh(name)
   with sharding.use(mesh):
     model = llava.Llava(cfg)
@@ -213,10 +214,8 @@ def _routing(name):
       (trace,) = sown['diagnostics']['llm']['layers_0']['moe']['routing']
       return trace.choice_BTk, trace.slot_BTk, trace.kept_BTk
 
-    params = jax.device_put(
-        tiny.params_of(cfg),
-        program.Program(_config('moe'), 'moe', mesh, 1).shardings,
-    )
+    where = program.Program(_config('moe'), 'moe', mesh, 1).shardings
+    params = jax.device_put(params, where)
     rows = sharding.put_batch(tiny.batch(cfg, rows=8), mesh)
     compiled = jax.jit(route).lower(params, rows).compile(compiler_options=FAST)
     return jax.device_get(compiled(params, rows))
