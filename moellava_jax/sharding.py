@@ -70,14 +70,19 @@ def simulate_devices(count: int) -> None:
       ) from error
 
 
-def make_mesh(cfg: config.MeshConfig) -> Mesh:
-  """Arranges all devices in the axes `AXES`; one size may be -1.
+def make_mesh(cfg: config.MeshConfig, given: Any = None) -> Mesh:
+  """Arranges devices in the axes `AXES`; one size may be -1.
+
+  Args:
+    cfg: the sizes.
+    given: devices; None: all there are.
 
   Raises:
     UserError: the product of the sizes is not the device count.
   """
   sizes = [cfg.data, cfg.fsdp, cfg.expert, cfg.tensor]
-  count = jax.device_count()
+  given = jax.devices() if given is None else list(given)
+  count = len(given)
   if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
     raise config.UserError(
         f'Mesh {dict(zip(AXES, sizes, strict=True))}: sizes are positive, and one may be -1.'
@@ -92,7 +97,10 @@ def make_mesh(cfg: config.MeshConfig) -> Mesh:
         f' {count}, one of them -1 to fill.'
     )
   return jax.make_mesh(
-      tuple(sizes), AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES)
+      tuple(sizes),
+      AXES,
+      devices=given,
+      axis_types=(jax.sharding.AxisType.Auto,) * len(AXES),
   )
 
 

@@ -5,6 +5,7 @@ Dense ones are upcycled where the stage trains a sparse model.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -39,18 +40,25 @@ def abstract(
     model: llava.Llava, probe_sizes: tuple[int, ...] | None = None
 ) -> Any:
   """Shape and dtype of every parameter of the model."""
-  initialise = _initialiser(model, probe_sizes)
-  return jax.eval_shape(
-      lambda rng: nn.unbox(initialise(rng)), jax.random.key(0)
-  )
+  return jax.eval_shape(nn.unbox, boxed(model, probe_sizes))
+
+
+@functools.lru_cache(maxsize=8)
+def boxed(
+    model: llava.Llava, probe_sizes: tuple[int, ...] | None = None
+) -> Any:
+  """Abstract parameters with the logical names of their axes.
+
+  Kept: it is traced layer by layer, half a minute for a large model.
+  """
+  return jax.eval_shape(_initialiser(model, probe_sizes), jax.random.key(0))
 
 
 def shardings(
     model: llava.Llava, mesh, probe_sizes: tuple[int, ...] | None = None
 ) -> Any:
   """Sharding of every parameter of the model."""
-  boxed = jax.eval_shape(_initialiser(model, probe_sizes), jax.random.key(0))
-  return sharding.of_parameters(boxed, mesh)
+  return sharding.of_parameters(boxed(model, probe_sizes), mesh)
 
 
 def fresh(

@@ -20,6 +20,13 @@ from moellava_jax.train import state as state_lib
 from moellava_jax.train import step as step_lib
 
 
+def probe_sizes(stage: str) -> tuple[int, ...] | None:
+  """Classes of the attributes that the warm-up's probe tells apart."""
+  if stage != 'warmup':
+    return None
+  return tuple(size for _, size in shapes.ATTRIBUTES)
+
+
 class Program:
   """The model, the optimizer and the compiled steps of one stage.
 
@@ -34,9 +41,7 @@ class Program:
     """Args: `steps` is the length of the stage, for the schedule."""
     self._cfg, self._stage, self._mesh = cfg, stage, mesh
     self.model = llava.Llava(cfg.stage_model(stage))
-    self.probe_sizes = None
-    if stage == 'warmup':
-      self.probe_sizes = tuple(size for _, size in shapes.ATTRIBUTES)
+    self.probe_sizes = probe_sizes(stage)
     section = cfg.stage(stage)
     self.rate = optimizer.schedule(
         section.lr, steps, cfg.optimizer.warmup_ratio
