@@ -57,6 +57,8 @@ def find(
   """
   start = _Try(cfg, sizes)
   for candidate in _candidates(cfg, stage, sizes):
+    if not _divides(candidate, stage):
+      continue
     for tried in _micro_batches(candidate, stage):
       total = memory.of_stage(tried.cfg, stage, tried.sizes).total
       if total <= usable:
@@ -70,6 +72,20 @@ def find(
 
 def _count(sizes: tuple[int, ...]) -> int:
   return functools.reduce(int.__mul__, sizes)
+
+
+def _divides(candidate: _Try, stage: str) -> bool:
+  """Whether the axes of the mesh divide what they split."""
+  _, fsdp, expert, tensor = candidate.sizes
+  model = candidate.cfg.stage_model(stage)
+  llm, tower = model.llm, model.vision
+  parts = [
+      (fsdp, (llm.width, tower.width)),
+      (tensor, (llm.num_heads, llm.num_kv_heads, llm.mlp_width)),
+      (tensor, (llm.vocab_size, tower.num_heads, tower.mlp_width)),
+      (expert, (model.moe.num_experts,) if model.moe is not None else ()),
+  ]
+  return all(size % ways == 0 for ways, sizes in parts for size in sizes)
 
 
 def _candidates(cfg, stage, sizes) -> Iterator[_Try]:
@@ -87,13 +103,8 @@ def _candidates(cfg, stage, sizes) -> Iterator[_Try]:
     for ways in (2, 4):
       if moe.num_experts % ways == 0 and whole[1] % ways == 0:
         yield _Try(lean, (1, whole[1] // ways, ways, tensor))
-  llm = cfg.model.llm
   for ways in (2, 4, 8):
-    divides = all(
-        n % (tensor * ways) == 0
-        for n in (llm.num_heads, llm.num_kv_heads, llm.mlp_width)
-    )
-    if divides and whole[1] % ways == 0:
+    if whole[1] % ways == 0:
       yield _Try(lean, (1, whole[1] // ways, expert, tensor * ways))
   for times in _MORE_DEVICES:
     yield _Try(lean, (1, whole[1] * times, expert, tensor))
@@ -124,9 +135,11 @@ def _changes(start: _Try, end: _Try, stage: str) -> tuple[str, ...]:
           sharding.AXES, start.sizes, end.sizes, strict=True
       )
   ]
-  pairs.append((
-      f'{stage}.accumulate',
-      start.cfg.stage(stage).accumulate,
-      end.cfg.stage(stage).accumulate,
-  ))
+  pairs.append(
+      (
+          f'{stage}.accumulate',
+          start.cfg.stage(stage).accumulate,
+          end.cfg.stage(stage).accumulate,
+      )
+  )
   return tuple(f'{name}={new}' for name, old, new in pairs if old != new)

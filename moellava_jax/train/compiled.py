@@ -121,7 +121,10 @@ class Step:
       trained, frozen = self._program.split(params)
       state = self._program.init_state(trained)
       del params, trained  # The step overwrites what `state` holds.
-      batch = sharding.put_batch(self._random_batch(), self._mesh)
+      rows = self._cfg.stage(self._stage).batch_size
+      share = sharding.rows_of_process(self._mesh, rows)
+      batch = jax.tree.map(lambda x: x[share], self._random_batch())
+      batch = sharding.put_batch(batch, self._mesh)
       jax.block_until_ready((state, frozen, batch))
       if shared:
         _forget_peak()
@@ -152,9 +155,7 @@ class Step:
         positions_BT=np.broadcast_to(
             np.arange(shape[1], dtype=np.int32), shape
         ).copy(),
-        images_BIHWC=rng.integers(
-            0, 256, empty.images_BIHWC.shape, np.uint8
-        ),
+        images_BIHWC=rng.integers(0, 256, empty.images_BIHWC.shape, np.uint8),
         ids_B=np.arange(rows, dtype=np.uint32),
     )
 

@@ -43,15 +43,18 @@ def abstract(
   return jax.eval_shape(nn.unbox, boxed(model, probe_sizes))
 
 
-@functools.lru_cache(maxsize=8)
 def boxed(
     model: llava.Llava, probe_sizes: tuple[int, ...] | None = None
 ) -> Any:
-  """Abstract parameters with the logical names of their axes.
+  """Abstract parameters with the logical names of their axes."""
+  return _boxed(model.cfg, probe_sizes)
 
-  Kept: it is traced layer by layer, half a minute for a large model.
-  """
-  return jax.eval_shape(_initialiser(model, probe_sizes), jax.random.key(0))
+
+@functools.lru_cache(maxsize=8)
+def _boxed(cfg: config.ModelConfig, probe_sizes: tuple[int, ...] | None) -> Any:
+  # Kept, because tracing a large model layer by layer takes half a minute.
+  initialise = _initialiser(llava.Llava(cfg), probe_sizes)
+  return jax.eval_shape(initialise, jax.random.key(0))
 
 
 def shardings(

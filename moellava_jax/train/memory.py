@@ -50,7 +50,7 @@ class Memory(NamedTuple):
     return sum(self) - self.host
 
 
-def abstract_mesh(sizes: tuple[int, ...]) -> jax.sharding.AbstractMesh:
+def abstract_mesh(sizes: tuple[int, ...]) -> Any:
   """A mesh of sizes `sharding.AXES` without devices."""
   auto = (jax.sharding.AxisType.Auto,) * len(sharding.AXES)
   return jax.sharding.AbstractMesh(sizes, sharding.AXES, axis_types=auto)
@@ -65,11 +65,11 @@ def abstract_batch(
   assert length is not None
   probe = program.probe_sizes(stage)
 
-  def array(dtype, *shape):
+  def array(dtype, *shape) -> Any:
     return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=where)
 
   attributes = (image.num_tokens, len(probe)) if probe else (0, 0)
-  shapes: Any = batch_lib.Batch(
+  return batch_lib.Batch(
       array(np.int32, length),
       array(np.int32, length),
       array(np.float32, length),
@@ -79,7 +79,6 @@ def abstract_batch(
       array(np.int32, slots, *attributes),
       array(np.uint32),
   )
-  return shapes
 
 
 def of_stage(
@@ -214,7 +213,6 @@ def _activations(
   saved = shared = working = loss = 0
   for kind in [kind for kind, count in counts.items() if count]:
     one, layer = _layer(cfg, stage, traced, kind, model.remat)
-    saved += counts[kind] * layer.bytes(model.llm, tensor)
     rest = one - layer
     logits = rest.having(vocab)
     loss = logits.bytes(model.llm, tensor)
@@ -223,8 +221,14 @@ def _activations(
     # While a layer is differentiated: the results of its products, unless they
     # were kept anyway, and two cotangents of the largest of them.
     work = 2 * whole.largest() // tensor
-    if model.remat != 'none':
+    kept = layer.bytes(model.llm, tensor)
+    if model.remat == 'none':
+      # XLA makes some of what could be kept again, where that is cheap. On the
+      # CPU it ends half-way between all and the results of products alone.
+      kept = (kept + whole.bytes(model.llm, tensor)) // 2
+    else:
       work += whole.bytes(model.llm, tensor)
+    saved += counts[kind] * kept
     working = max(working, work)
   # Two cotangents of the logits, beside what the loss keeps of them.
   loss += 2 * 4 * traced * section.row_length * vocab // tensor
