@@ -21,6 +21,15 @@ ACTIVATIONS = {
 }
 
 
+def platform() -> str:
+  """Of the devices that a program is traced for: those of the mesh in use.
+
+  Not always those of this machine: a program can be compiled for others.
+  """
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return jax.default_backend() if device is None else device.platform
+
+
 def partitioned(init: Any, axes: tuple[str, ...]) -> Any:
   """An initialiser whose parameter has the logical axes `axes`."""
   return nn.with_logical_partitioning(init, axes)
@@ -43,7 +52,7 @@ def product(equation: str, x: jax.Array, y: jax.Array, dtype) -> jax.Array:
   distance between the logits and those of fp32.
   """
   x, y = x.astype(dtype), y.astype(dtype)
-  if jax.default_backend() == 'cpu':  # It has no mixed products.
+  if platform() == 'cpu':  # It has no mixed products.
     x, y = x.astype(jnp.float32), y.astype(jnp.float32)
   return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32)
 

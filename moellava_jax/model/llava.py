@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from moellava_jax import config
-from moellava_jax.model import attention, decoder, projector, vision
+from moellava_jax.model import attention, decoder, layers, projector, vision
 from moellava_jax.model import moe as moe_lib
 
 
@@ -26,9 +26,7 @@ def compute_dtype(name: str) -> jnp.dtype:
   """'auto' is bfloat16 where the device multiplies it natively."""
   if name != 'auto':
     return jnp.dtype(name)
-  return jnp.dtype(
-      jnp.float32 if jax.default_backend() == 'cpu' else jnp.bfloat16
-  )
+  return jnp.dtype(jnp.float32 if layers.platform() == 'cpu' else jnp.bfloat16)
 
 
 def place_images(

@@ -5,6 +5,7 @@ Dense ones are upcycled where the stage trains a sparse model.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -39,10 +40,21 @@ def abstract(
     model: llava.Llava, probe_sizes: tuple[int, ...] | None = None
 ) -> Any:
   """Shape and dtype of every parameter of the model."""
-  initialise = _initialiser(model, probe_sizes)
-  return jax.eval_shape(
-      lambda rng: nn.unbox(initialise(rng)), jax.random.key(0)
-  )
+  return jax.eval_shape(nn.unbox, boxed(model, probe_sizes))
+
+
+def boxed(
+    model: llava.Llava, probe_sizes: tuple[int, ...] | None = None
+) -> Any:
+  """Abstract parameters with the logical names of their axes."""
+  return _boxed(model.cfg, probe_sizes)
+
+
+@functools.lru_cache(maxsize=8)
+def _boxed(cfg: config.ModelConfig, probe_sizes: tuple[int, ...] | None) -> Any:
+  # Kept, because tracing a large model layer by layer takes half a minute.
+  initialise = _initialiser(llava.Llava(cfg), probe_sizes)
+  return jax.eval_shape(initialise, jax.random.key(0))
 
 
 def boxed(

@@ -107,7 +107,7 @@ class _StateBytes:
   """Parameters, gradients and Adam's moments on one device, in bytes."""
 
   def __init__(self, cfg: config.TrainConfig, stage: str):
-    probe = program.PROBE_SIZES if stage == 'warmup' else None
+    probe = program.probe_sizes(stage)
     self._boxed = init.boxed(llava.Llava(cfg.stage_model(stage)), probe)
     leaves = trees.flatten(nn.get_partition_spec(self._boxed))
     self._trained = trees.flatten(stages.mask(trees.unflatten(leaves), stage))

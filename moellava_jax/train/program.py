@@ -19,8 +19,12 @@ from moellava_jax.train import init, optimizer, stages
 from moellava_jax.train import state as state_lib
 from moellava_jax.train import step as step_lib
 
-# Classes of the attributes that the warm-up's probe tells apart.
-PROBE_SIZES = tuple(size for _, size in shapes.ATTRIBUTES)
+
+def probe_sizes(stage: str) -> tuple[int, ...] | None:
+  """Classes of the attributes that the warm-up's probe tells apart."""
+  if stage != 'warmup':
+    return None
+  return tuple(size for _, size in shapes.ATTRIBUTES)
 
 
 class Program:
@@ -37,7 +41,7 @@ class Program:
     """Args: `steps` is the length of the stage, for the schedule."""
     self._cfg, self._stage, self._mesh = cfg, stage, mesh
     self.model = llava.Llava(cfg.stage_model(stage))
-    self.probe_sizes = PROBE_SIZES if stage == 'warmup' else None
+    self.probe_sizes = probe_sizes(stage)
     section = cfg.stage(stage)
     self.rate = optimizer.schedule(
         section.lr, steps, cfg.optimizer.warmup_ratio

@@ -55,7 +55,12 @@ def _config(stage):
 def _batch(cfg, seed):
   """16 rows, so that a micro-batch has one for each of 8 devices."""
   batch = tiny.batch(cfg.model, rows=16, seed=seed)
-  shape = (16, 1, cfg.model.vision.num_patches, len(program.PROBE_SIZES))
+  shape = (
+      16,
+      1,
+      cfg.model.vision.num_patches,
+      len(program.probe_sizes('warmup') or ()),
+  )
   rng = np.random.default_rng(seed)
   return batch._replace(
       attributes_BIPA=rng.integers(0, 2, shape).astype(np.int32)

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Published figures of accelerators: what `train.plan` divides by."""
+
+from typing import NamedTuple
+
+from moellava_jax import config
+
+
+class Accelerator(NamedTuple):
+  """One device: a GPU, or a chip of a TPU (what JAX calls a device).
+
+  `peak` is bf16 FLOP/s of dense matrices: half of what data sheets give "with
+  sparsity". `memory` is the published capacity in bytes of 10^9 a GB.
+  """
+
+  name: str
+  peak: float
+  memory: int
+  source: str
+
+
+_NVIDIA = 'https://www.nvidia.com/en-us/data-center'
+_GOOGLE = 'https://docs.cloud.google.com/tpu/docs'
+
+ACCELERATORS = {
+    'a100-80g': Accelerator(
+        'A100-80G SXM', 312e12, 80 * 10**9, f'{_NVIDIA}/a100/'
+    ),
+    'h100': Accelerator('H100 SXM', 989e12, 80 * 10**9, f'{_NVIDIA}/h100/'),
+    'h200': Accelerator('H200 SXM', 989e12, 141 * 10**9, f'{_NVIDIA}/h200/'),
+    'v5e': Accelerator('TPU v5e', 197e12, 16 * 10**9, f'{_GOOGLE}/v5e'),
+    'v5p': Accelerator('TPU v5p', 459e12, 95 * 10**9, f'{_GOOGLE}/v5p'),
+    'v6e': Accelerator('TPU v6e', 918e12, 32 * 10**9, f'{_GOOGLE}/v6e'),
+}
+
+# Of the capacity: the rest is the runtime's, and lost between buffers. JAX
+# itself takes 75 % of a GPU unless XLA_PYTHON_CLIENT_MEM_FRACTION says more.
+USABLE = 0.92
+
+
+def find(name: str) -> Accelerator:
+  """Raises UserError if `name` is not in the table; lists what is."""
+  if name not in ACCELERATORS:
+    raise config.UserError(
+        f'--accelerator={name} is not known; expected one of'
+        f' {", ".join(ACCELERATORS)}.'
+    )
+  return ACCELERATORS[name]
