@@ -57,13 +57,6 @@ def _boxed(cfg: config.ModelConfig, probe_sizes: tuple[int, ...] | None) -> Any:
   return jax.eval_shape(initialise, jax.random.key(0))
 
 
-def boxed(
-    model: llava.Llava, probe_sizes: tuple[int, ...] | None = None
-) -> Any:
-  """Abstract parameters with the logical names of their axes."""
-  return jax.eval_shape(_initialiser(model, probe_sizes), jax.random.key(0))
-
-
 def shardings(
     model: llava.Llava, mesh, probe_sizes: tuple[int, ...] | None = None
 ) -> Any:
