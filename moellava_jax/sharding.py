@@ -91,6 +91,10 @@ def make_mesh(cfg: config.MeshConfig) -> Mesh:
         f' there are {count}. Set --config.mesh.* to sizes whose product is'
         f' {count}, one of them -1 to fill.'
     )
+  if cfg.optimizer_memory != 'device':
+    require_memory(
+        cfg.optimizer_memory, f'mesh.optimizer_memory={cfg.optimizer_memory!r}'
+    )
   return jax.make_mesh(
       tuple(sizes), AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES)
   )
@@ -99,8 +103,38 @@ def make_mesh(cfg: config.MeshConfig) -> Mesh:
 def data_mesh() -> Mesh:
   """All devices along `data`: what evaluation runs on."""
   return make_mesh(
-      config.MeshConfig(data=-1, fsdp=1, expert=1, tensor=1, cpu_devices=1)
+      config.MeshConfig(
+          data=-1,
+          fsdp=1,
+          expert=1,
+          tensor=1,
+          cpu_devices=1,
+          optimizer_memory='device',
+      )
   )
+
+
+def _memories() -> list[str]:
+  return sorted(m.kind for m in jax.local_devices()[0].addressable_memories())
+
+
+def has_memory(kind: str) -> bool:
+  """Whether devices can address a kind of memory such as 'pinned_host'."""
+  return kind in _memories()
+
+
+def require_memory(kind: str, setting: str) -> None:
+  """Raises UserError where devices cannot address a kind of memory.
+
+  Args:
+    kind: such as 'pinned_host'.
+    setting: what asks for it, for the message.
+  """
+  if not has_memory(kind):
+    raise config.UserError(
+        f'{setting} needs {kind} memory, but the devices of'
+        f' {jax.default_backend()!r} have only {_memories()}. Leave that setting at its default on this backend.'
+    )
 
 
 @contextlib.contextmanager

@@ -17,13 +17,13 @@ FILES = {
 # In order of dependency. A layer may import itself and the layers beside it.
 _FOUNDATION = ('trees', 'config', 'sharding', 'checkpoint', 'backbones')
 LAYERS = {
-    'config': (),
-    'trees': ('config',),
+    'trees': (),
+    'config': ('trees',),
     'sharding': ('config',),
     'checkpoint': ('config', 'trees'),
     'backbones': ('config',),
     'data': ('config',),
-    'model': ('config',),
+    'model': ('config', 'trees'),
     'interop': ('config', 'trees', 'checkpoint', 'backbones'),
     'train': (*_FOUNDATION, 'data', 'model', 'interop'),
     'infer': (*_FOUNDATION, 'data', 'model', 'interop'),

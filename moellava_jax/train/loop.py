@@ -200,6 +200,7 @@ class _StageRun:
       trained, frozen = self._program.split(params)
       self._frozen_hash = self._checkpoints.save_frozen(frozen)
       self._before = 0.0
+      trained, frozen = self._program.stack((trained, frozen))
       return self._program.init_state(trained), frozen, 0
     meta = self._checkpoints.read_meta(latest)
     print(f'{self._stage}: going on after step {latest}', flush=True)
@@ -210,10 +211,13 @@ class _StageRun:
         trees.flatten(self._program.shardings),
     )
     abstract, _ = self._program.split(self._program.abstract_params())
-    like = self._program.abstract_state(abstract)
+    like = self._program.unstack(
+        self._program.abstract_state(self._program.stack(abstract))
+    )
     trained, rest = self._checkpoints.restore(latest, abstract, _beside(like))
     self._before = meta['seconds']
     state = state_lib.TrainState(trained=trained, **rest)
+    state, frozen = self._program.stack((state, frozen))
     return state, frozen, meta['data']['next_index']
 
   def _share(self) -> np.ndarray:
@@ -257,7 +261,8 @@ class _StageRun:
       )
     if host['streak'] >= MAX_STREAK:
       # Steps that are not finite leave the parameters as they were, so the
-      # newest ones will do.
+      # newest ones will do. Nothing else needs them any more.
+      state, frozen = self._program.unstack((state, frozen))
       blame = diagnose.first_bad(
           self._program.model,
           trees.merge(state.trained, frozen),
@@ -273,6 +278,7 @@ class _StageRun:
     return self._before + time.monotonic() - self._began
 
   def _save(self, step: int, state) -> None:
+    state = self._program.to_save(state)
     self._checkpoints.save(
         step,
         state.trained,
@@ -287,6 +293,7 @@ class _StageRun:
     )
 
   def _finish(self, state, frozen) -> None:
+    state, frozen = self._program.unstack((state, frozen))
     params = trees.merge(state.trained, frozen)
     params.pop('probe', None)
     summary = {

@@ -135,6 +135,28 @@ def _objective(
   return loss
 
 
+def _keep(tree: Any, kept: Any) -> Any:
+  """Moves what is kept in host memory there; the rest is left to XLA."""
+  return jax.tree.map(
+      lambda x, where: x
+      if where.memory_kind == 'device'
+      else jax.device_put(x, where),
+      tree,
+      kept,
+  )
+
+
+def _fetch(tree: Any, kept: Any) -> Any:
+  """The inverse of `_keep`."""
+  return jax.tree.map(
+      lambda x, where: x
+      if where.memory_kind == 'device'
+      else jax.device_put(x, where.with_memory_kind('device')),
+      tree,
+      kept,
+  )
+
+
 def make_train_step(
     model: llava.Llava,
     tx: optax.GradientTransformation,
@@ -142,6 +164,7 @@ def make_train_step(
     cfg: config.TrainConfig,
     stage: str,
     probe_sizes: tuple[int, ...] | None,
+    shards: Any,
 ) -> Callable[
     [state_lib.TrainState, Any, Batch],
     tuple[state_lib.TrainState, dict[str, Any]],
@@ -149,6 +172,9 @@ def make_train_step(
   """Returns the step of a stage; jit it with `state` donated.
 
   `rate` is only reported: `tx` has its own.
+
+  `shards` are the shardings in which the sum of gradients waits for the next
+  micro-batch; they may be of host memory.
 
   Gradients are taken of the trained parameters only. A step whose loss or
   gradient is not finite changes nothing but the counters.
@@ -187,10 +213,13 @@ def make_train_step(
 
       def add(carry, inputs):
         micro, index = inputs
-        out = gradient(
+        value, grads = gradient(
             state.trained, frozen, micro, jax.random.fold_in(rng, index), total
         )
-        return jax.tree.map(jnp.add, carry, out), None
+        summed = jax.tree.map(
+            jnp.add, (carry[0], _fetch(carry[1], shards)), (value, grads)
+        )
+        return (summed[0], _keep(summed[1], shards)), None
 
       parts = micro_batches(batch, count)
       shapes = jax.eval_shape(
@@ -202,9 +231,11 @@ def make_train_step(
           total,
       )
       zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+      zeros = (zeros[0], _keep(zeros[1], shards))
       ((loss, sums), grads), _ = jax.lax.scan(
           add, zeros, (parts, jnp.arange(count))
       )
+      grads = _fetch(grads, shards)
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     updates, opt_state = tx.update(grads, state.opt_state, state.trained)
