@@ -18,6 +18,7 @@ def model(tower: str, lm: str) -> Any:
   c.projector = 'mlp2x_gelu'
   c.compute_dtype = 'auto'
   c.remat = 'none'
+  c.scan_layers = False
   c.moe = moe()
   return c
 
@@ -97,6 +98,7 @@ def run(tower: str, lm: str) -> Any:
   c.mesh.tensor = 1
   c.mesh.cpu_devices = 2
   c.mesh.print_table = False
+  c.mesh.optimizer_memory = 'device'
 
   c.data = ml_collections.ConfigDict()
   c.data.json = config_dict.placeholder(str)  # Replaces every stage's data.

@@ -14,6 +14,8 @@ import types
 import typing
 from typing import Any, Literal
 
+from moellava_jax import trees
+
 # The id that stands for one patch of an image in `tokens_BT` (the original's
 # IMAGE_TOKEN_INDEX). It is never embedded: the model puts a patch feature there.
 IMAGE_TOKEN = -200
@@ -165,7 +167,22 @@ class ModelConfig:
   projector: str  # linear | mlpNx_gelu.
   moe: MoeConfig | None
   compute_dtype: Literal['auto', 'float32', 'bfloat16']
-  remat: Literal['none', 'full']
+  # What the backward pass computes again, and what of a layer is kept for it.
+  # none: all is kept. full: only its input. dots: results of all products;
+  # dots_no_batch: of those with weights that are not experts'; expert_io: what
+  # experts receive and return, so that nothing is exchanged again.
+  # offload_dots: dots_no_batch, kept in host memory.
+  remat: Literal[
+      'none', 'full', 'dots', 'dots_no_batch', 'expert_io', 'offload_dots'
+  ]
+  # Layers that repeat are one loop in the training step: it compiles faster.
+  scan_layers: bool
+
+  def segments(self) -> tuple[trees.Segment, ...]:
+    """The decoder's layers, cut where their kinds stop repeating."""
+    depth = self.llm.depth
+    sparse = () if self.moe is None else self.moe.layer_ids(depth)
+    return trees.segments([n in sparse for n in range(depth)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,6 +211,8 @@ class MeshConfig:
   # one core per device, so 2 are faster on two cores.
   cpu_devices: int
   print_table: bool  # What lies where, leaf by leaf, when a stage begins.
+  # Where optimizer state and the sum of the micro-batches' gradients wait.
+  optimizer_memory: Literal['device', 'pinned_host']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -350,6 +369,17 @@ def _check(cfg: TrainConfig) -> None:
           f'config.model.moe.top_k is {moe.top_k}; expected 1 to num_experts='
           f'{moe.num_experts}.'
       )
+  if cfg.model.scan_layers and all(
+      segment.repeats == 1 for segment in cfg.model.segments()
+  ):
+    moe, depth = cfg.model.moe, cfg.model.llm.depth
+    raise UserError(
+        'config.model.scan_layers is set, but no kind of layer repeats:'
+        f' {depth} layers with model.moe.layers='
+        f'{moe.layers if moe else None!r}. Loops need a placement with a'
+        ' period, at least twice: interval (period 2; 4 layers or more), all,'
+        ' first_half, second_half, or a list such as "0,3,6,9" of 12.'
+    )
   if cfg.data.json is None and (cfg.data.images or cfg.data.eval_json):
     raise UserError(
         'config.data.images and config.data.eval_json go with'
@@ -449,6 +479,8 @@ _VOLATILE = (
     'stages',
     'log_every',
     'mesh.',
+    'model.remat',
+    'model.scan_layers',
     'checkpoint.',
     'watchdog.',
     'data.num_threads',

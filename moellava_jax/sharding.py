@@ -86,6 +86,10 @@ def make_mesh(cfg: config.MeshConfig, given: Any = None) -> Mesh:
     UserError: the product of the sizes is not the device count, or a slice is
       too small for the axes that may not leave it.
   """
+  if cfg.optimizer_memory != 'device':
+    require_memory(
+        cfg.optimizer_memory, f'mesh.optimizer_memory={cfg.optimizer_memory!r}'
+    )
   given = jax.devices() if given is None else list(given)
   return _mesh(devices.sizes(cfg, len(given)), given)
 
@@ -98,6 +102,30 @@ def data_mesh() -> Mesh:
 def _mesh(sizes, given) -> Mesh:
   auto = (jax.sharding.AxisType.Auto,) * len(AXES)  # Not JAX's default.
   return Mesh(devices.arrange(sizes, given), AXES, axis_types=auto)
+
+
+def _memories() -> list[str]:
+  return sorted(m.kind for m in jax.local_devices()[0].addressable_memories())
+
+
+def has_memory(kind: str) -> bool:
+  """Whether devices can address a kind of memory such as 'pinned_host'."""
+  return kind in _memories()
+
+
+def require_memory(kind: str, setting: str) -> None:
+  """Raises UserError where devices cannot address a kind of memory.
+
+  Args:
+    kind: such as 'pinned_host'.
+    setting: what asks for it, for the message.
+  """
+  if not has_memory(kind):
+    raise config.UserError(
+        f'{setting} needs {kind} memory, but the devices of'
+        f' {jax.default_backend()!r} have only {_memories()}. Leave that'
+        ' setting at its default on this backend.'
+    )
 
 
 @contextlib.contextmanager
@@ -212,7 +240,10 @@ def rows_of_process(mesh: Mesh, batch_size: int) -> np.ndarray:
   """The rows of a global batch that the devices of this process hold."""
   places = of_batch(mesh).addressable_devices_indices_map((batch_size,))
   held = {
-      row for (part,) in places.values() for row in _range(part, batch_size)
+      row
+      for index in places.values()
+      if index is not None
+      for row in _range(index[0], batch_size)
   }
   return np.array(sorted(held))
 

@@ -24,14 +24,14 @@ _FOUNDATION = (
     'backbones',
 )
 LAYERS = {
-    'config': (),
-    'trees': ('config',),
+    'trees': (),
+    'config': ('trees',),
     'devices': ('config',),
     'sharding': ('config', 'devices'),
     'checkpoint': ('config', 'trees'),
     'backbones': ('config',),
     'data': ('config',),
-    'model': ('config',),
+    'model': ('config', 'trees'),
     'interop': ('config', 'trees', 'checkpoint', 'backbones'),
     'train': (*_FOUNDATION, 'data', 'model', 'interop'),
     'infer': (*_FOUNDATION, 'data', 'model', 'interop'),

@@ -3,18 +3,45 @@
 
 The families differ in a row of switches (`config.DecoderConfig`), not in
 code; which layers are sparse is a property of the MoE config.
+
+Parameters of layers that repeat may come stacked (`trees.Segment`): then one
+loop runs them, with the same results and the same random numbers. Only
+training does so; with a cache, and for diagnostics, layers come one by one.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 from flax.linen import spmd
 import jax
 import jax.numpy as jnp
 
-from moellava_jax import config
+from moellava_jax import config, trees
 from moellava_jax.model import attention, layers
 from moellava_jax.model import moe as moe_lib
+
+
+def _policy(name: str) -> Callable[..., Any] | None:
+  """What `config.ModelConfig.remat` keeps; None: nothing."""
+  policies = jax.checkpoint_policies
+  return {
+      'full': None,
+      'dots': policies.dots_saveable,
+      'dots_no_batch': policies.dots_with_no_batch_dims_saveable,
+      'expert_io': policies.save_only_these_names(moe_lib.EXPERT_IO),
+      'offload_dots': policies.offload_dot_with_no_batch_dims(
+          'device', 'pinned_host'
+      ),
+  }[name]
+
+
+class LayerKeys(NamedTuple):
+  """What a layer's random numbers are made from; None where it has none."""
+
+  attn_dropout: jax.Array | None
+  ffn_dropout: jax.Array | None
+  router: jax.Array | None
 
 
 class DecoderOutput(NamedTuple):
@@ -33,19 +60,29 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(
-      self, x_BTD, positions_BT, mask_BTS, is_token_BT, is_image_BT, cache
+      self,
+      x_BTD,
+      positions_BT,
+      mask_BTS,
+      is_token_BT,
+      is_image_BT,
+      cache,
+      keys=None,
   ):
+    """`keys` (`LayerKeys`) are used instead of the module's own streams."""
     cfg = self.cfg
+    if keys is None:
+      keys = LayerKeys(None, None, None)
 
     def norm(name):
       return layers.norm(cfg.norm, cfg.norm_eps, self.dtype, name)
 
-    def residual(y_BTD):
+    def residual(y_BTD, key):
       drop = nn.Dropout(cfg.residual_dropout, deterministic=not self.train)
       if cfg.residual_scale != 1:
         y_BTD *= cfg.residual_scale
       return spmd.with_logical_constraint(
-          drop(y_BTD), ('batch', 'length', 'features')
+          drop(y_BTD, rng=key), ('batch', 'length', 'features')
       )
 
     def feed_forward(h_BTD):
@@ -53,7 +90,7 @@ class Block(nn.Module):
       if self.moe is None:
         return layers.Mlp(*mlp, name='mlp')(h_BTD), None
       return moe_lib.Moe(self.moe, *mlp, name='moe')(
-          h_BTD, is_token_BT, is_image_BT, train=self.train
+          h_BTD, is_token_BT, is_image_BT, train=self.train, key=keys.router
       )
 
     h_BTD = norm('norm1')(x_BTD)
@@ -69,11 +106,33 @@ class Block(nn.Module):
         self.dtype,
         name='attn',
     )(h_BTD, positions_BT, mask_BTS, cache)
-    x_BTD += residual(attended_BTD)
+    x_BTD += residual(attended_BTD, keys.attn_dropout)
     if not cfg.parallel_block:
       h_BTD = norm('norm2')(x_BTD)
     y_BTD, aux = feed_forward(h_BTD)
-    return x_BTD + residual(y_BTD), aux, cache
+    return x_BTD + residual(y_BTD, keys.ffn_dropout), aux, cache
+
+
+class _Draw(nn.Module):
+  """Has the random number that a module of the same path begins with."""
+
+  stream: str
+
+  @nn.compact
+  def __call__(self) -> jax.Array | None:
+    return self.make_rng(self.stream) if self.has_rng(self.stream) else None
+
+
+class _LayerDraw(nn.Module):
+  """The keys that a `Block` of this name would draw."""
+
+  @nn.compact
+  def __call__(self) -> LayerKeys:
+    return LayerKeys(
+        _Draw('dropout', name='Dropout_0')(),
+        _Draw('dropout', name='Dropout_1')(),
+        _Draw('router', name='moe')(),
+    )
 
 
 class Decoder(nn.Module):
@@ -133,27 +192,81 @@ class Decoder(nn.Module):
   ) -> DecoderOutput:
     cfg = self.cfg
     sparse = () if self.moe is None else self.moe.layer_ids(cfg.depth)
-    block = nn.remat(Block) if self.remat == 'full' and train else Block
+    context = (positions_BT, mask_BTS, is_token_BT, is_image_BT)
+    block = Block
+    if self.remat != 'none' and train:
+      block = nn.remat(Block, policy=_policy(self.remat))
     auxes, caches = [], []
-    for n in range(cfg.depth):
-      x_BTD, aux, layer_cache = block(
-          cfg,
-          self.moe if n in sparse else None,
-          self.dtype,
-          train,
-          name=f'layers_{n}',
-      )(
-          x_BTD,
-          positions_BT,
-          mask_BTS,
-          is_token_BT,
-          is_image_BT,
-          None if cache is None else cache[n],
-      )
-      caches.append(layer_cache)
-      if aux is not None:
-        auxes.append(aux)
+    for segment in trees.segments([n in sparse for n in range(cfg.depth)]):
+      if self.has_variable('params', segment.names[0]):
+        if cache is not None:
+          raise ValueError('A cache needs layers that are not stacked.')
+        x_BTD, more = self._loop(segment, x_BTD, context, train)
+        auxes += more
+        continue
+      for n in segment.span:
+        x_BTD, aux, layer_cache = block(
+            cfg,
+            self.moe if n in sparse else None,
+            self.dtype,
+            train,
+            name=f'layers_{n}',
+        )(x_BTD, *context, None if cache is None else cache[n])
+        caches.append(layer_cache)
+        if aux is not None:
+          auxes.append(aux)
     x_BTD = layers.norm(cfg.norm, cfg.norm_eps, self.dtype, 'norm')(x_BTD)
     return DecoderOutput(
         x_BTD, tuple(auxes), None if cache is None else tuple(caches)
     )
+
+  def _loop(self, segment: trees.Segment, x_BTD, context, train: bool):
+    """Runs the stacked layers of a segment: (x_BTD, their MoeAux by depth)."""
+    sparse = () if self.moe is None else self.moe.layer_ids(self.cfg.depth)
+
+    def block(position):
+      module = Block(
+          self.cfg,
+          self.moe if segment.start + position in sparse else None,
+          self.dtype,
+          train,
+          parent=None,
+      )
+
+      def run(params, x_BTD, keys):
+        out: Any = module.apply(
+            {'params': params}, x_BTD, *context, None, keys
+        )
+        return out[:2]
+
+      if self.remat == 'none' or not train:
+        return run
+      # A loop forward and one backward: there is nothing to be merged.
+      return jax.checkpoint(run, policy=_policy(self.remat), prevent_cse=False)
+
+    def inputs(position):
+      drawn = [
+          _LayerDraw(name=f'layers_{n}')() for n in segment.layers(position)
+      ]
+      keys = jax.tree.map(lambda *key: jnp.stack(key), *drawn)
+      return self.get_variable('params', segment.names[position]), keys
+
+    positions = range(segment.period)
+    blocks = [block(position) for position in positions]
+
+    def period(x_BTD, inputs):
+      auxes = []
+      for run, (params, keys) in zip(blocks, inputs, strict=True):
+        x_BTD, aux = run(params, x_BTD, keys)
+        auxes.append(aux)
+      return x_BTD, [aux for aux in auxes if aux is not None]
+
+    x_BTD, stacked = jax.lax.scan(
+        period, x_BTD, [inputs(position) for position in positions]
+    )
+    auxes = [
+        jax.tree.map(lambda x, n=n: x[n], aux)
+        for n in range(segment.repeats)
+        for aux in stacked
+    ]
+    return x_BTD, auxes

@@ -26,11 +26,15 @@ from typing import NamedTuple
 import flax.linen as nn
 from flax.linen import spmd
 import jax
+from jax import ad_checkpoint
 import jax.numpy as jnp
 import numpy as np
 
 from moellava_jax import config
 from moellava_jax.model import layers
+
+# Name, for rematerialisation, of what experts receive and what they return.
+EXPERT_IO = 'expert_io'
 
 
 class Routing(NamedTuple):
@@ -307,7 +311,9 @@ class Moe(nn.Module):
       is_image_BT: jax.Array,
       *,
       train: bool,
+      key: jax.Array | None = None,
   ) -> tuple[jax.Array, MoeAux]:
+    """`key` replaces the 'router' stream of random numbers."""
     cfg = self.cfg
     plan = grouping(cfg, *x_BTD.shape[:2])
     x_GSD = plan.split(x_BTD, 0)
@@ -321,7 +327,7 @@ class Moe(nn.Module):
       slots = capacity(
           plan.size, cfg.num_experts, cfg.top_k, factor, cfg.min_capacity
       )
-    noise_GSE, priority_GSE = self._noise(logits_GSE.shape, plan, train)
+    noise_GSE, priority_GSE = self._noise(logits_GSE.shape, plan, train, key)
     routing = route(
         logits_GSE,
         is_token_GS,
@@ -361,7 +367,7 @@ class Moe(nn.Module):
     )
     return y_BTD, aux
 
-  def _noise(self, shape, plan, train):
+  def _noise(self, shape, plan, train, key):
     """(noise_GSE, priority_GSE) of this pass; None where none is asked for.
 
     Given from outside (see `llava.forward`), or drawn.
@@ -375,7 +381,9 @@ class Moe(nn.Module):
     noise_GSE = self._given('noise', plan)
     if noise_GSE is None:
       draw = jax.random.gumbel if sampled else jax.random.uniform
-      noise_GSE = draw(self.make_rng('router'), shape)
+      if key is None:
+        key = self.make_rng('router')
+      noise_GSE = draw(key, shape)
     return (noise_GSE, None) if sampled else (None, noise_GSE)
 
   def _given(self, name: str, plan: Grouping) -> jax.Array | None:
@@ -410,9 +418,11 @@ class Moe(nn.Module):
     x_GECD = spmd.with_logical_constraint(
         x_GECD, (spread, 'expert', None, None)
     )
+    x_GECD = ad_checkpoint.checkpoint_name(x_GECD, EXPERT_IO)
     y_GECD = experts(x_GECD).astype(self.dtype)
     y_GECD = spmd.with_logical_constraint(
         y_GECD, (spread, 'expert', None, None)
     )
     y_GECD = spmd.with_logical_constraint(y_GECD, (batch, None, None, None))
+    y_GECD = ad_checkpoint.checkpoint_name(y_GECD, EXPERT_IO)
     return layers.product('GECD,GSEC->GSD', y_GECD, combine_GSEC, self.dtype)

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ViT tower (CLIP, SigLIP, Shapes) and the probe that warms it up."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from moellava_jax import config
+from moellava_jax import config, trees
 from moellava_jax.model import attention, layers
 
 
@@ -47,7 +49,8 @@ class Vision(nn.Module):
 
   uint8 pixels are normalised here, on the device, so that images travel as
   bytes; floating-point ones are taken as normalised.
-  Only the layers up to `select_layer` exist; no norm follows them.
+  Only the layers up to `select_layer` exist; no norm follows them. They may
+  come stacked, as the decoder's.
   """
 
   cfg: config.VisionConfig
@@ -93,9 +96,24 @@ class Vision(nn.Module):
       x_NTD = layers.norm('layernorm', cfg.norm_eps, jnp.float32, 'pre_norm')(
           x_NTD
       )
-    for layer in range(cfg.num_layers):
-      x_NTD = VisionBlock(cfg, self.dtype, name=f'layers_{layer}')(x_NTD)
+    for segment in trees.segments((False,) * cfg.num_layers):
+      (name,) = segment.names
+      if self.has_variable('params', name):
+        x_NTD = self._loop(self.get_variable('params', name), x_NTD)
+        continue
+      for layer in segment.span:
+        x_NTD = VisionBlock(cfg, self.dtype, name=f'layers_{layer}')(x_NTD)
     return x_NTD[:, 1:] if cfg.select_feature == 'patch' else x_NTD
+
+  def _loop(self, params: Any, x_NTD: jax.Array) -> jax.Array:
+    """Runs stacked layers."""
+    block = VisionBlock(self.cfg, self.dtype, parent=None)
+
+    def layer(x_NTD, params) -> Any:
+      return block.apply({'params': params}, x_NTD), None
+
+    x_NTD, _ = jax.lax.scan(layer, x_NTD, params)
+    return x_NTD
 
 
 class AttributeProbe(nn.Module):

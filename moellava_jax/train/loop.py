@@ -248,7 +248,9 @@ class _StageRun:
     )
 
   def _print_table(self, state, frozen) -> None:
-    rows = table.table(state.trained, frozen, state.opt_state)
+    rows = table.table(
+        *self._program.single((state.trained, frozen, state.opt_state))
+    )
     cluster.say(f'{self._stage}: {table.summary(rows, self._mesh)}')
     if self._cfg.mesh.print_table:
       cluster.say(table.text(rows))
@@ -267,6 +269,7 @@ class _StageRun:
       trained, frozen = self._program.split(params)
       self._frozen_hash = self._checkpoints.save_frozen(frozen)
       self._before = 0.0
+      trained, frozen = self._program.stack((trained, frozen))
       return self._program.init_state(trained), frozen, 0
     meta = self._checkpoints.read_meta(latest)
     cluster.say(f'{self._stage}: going on after step {latest}')
@@ -277,10 +280,13 @@ class _StageRun:
         trees.flatten(self._program.shardings),
     )
     abstract, _ = self._program.split(self._program.abstract_params())
-    like = self._program.abstract_state(abstract)
+    like = self._program.unstack(
+        self._program.abstract_state(self._program.stack(abstract))
+    )
     trained, rest = self._checkpoints.restore(latest, abstract, _beside(like))
     self._before = meta['seconds']
     state = state_lib.TrainState(trained=trained, **rest)
+    state, frozen = self._program.stack((state, frozen))
     return state, frozen, meta['data']['next_index']
 
   def _share(self) -> np.ndarray:
@@ -336,7 +342,8 @@ class _StageRun:
       )
     if host['streak'] >= MAX_STREAK:
       # Steps that are not finite leave the parameters as they were, so the
-      # newest ones will do.
+      # newest ones will do. Nothing else needs them any more.
+      state, frozen = self._program.unstack((state, frozen))
       blame = diagnose.first_bad(
           self._program.model,
           trees.merge(state.trained, frozen),
@@ -353,6 +360,7 @@ class _StageRun:
 
   def _save(self, step: int, state) -> None:
     self._watch_other(f'the checkpoint of step {step}')
+    state = self._program.to_save(state)
     self._save_seconds = self._checkpoints.save(
         step,
         state.trained,
@@ -370,6 +378,7 @@ class _StageRun:
 
   def _finish(self, state, frozen) -> None:
     self._watch_other('writing the model')
+    state, frozen = self._program.unstack((state, frozen))
     params = trees.merge(state.trained, frozen)
     params.pop('probe', None)
     summary = {

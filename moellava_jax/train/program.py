@@ -15,7 +15,7 @@ import optax
 from moellava_jax import checkpoint, config, sharding, trees
 from moellava_jax.data import shapes
 from moellava_jax.model import llava
-from moellava_jax.train import init, optimizer, stages
+from moellava_jax.train import init, optimizer, stacking, stages
 from moellava_jax.train import state as state_lib
 from moellava_jax.train import step as step_lib
 
@@ -30,6 +30,10 @@ def probe_sizes(stage: str) -> tuple[int, ...] | None:
 class Program:
   """The model, the optimizer and the compiled steps of one stage.
 
+  With `model.scan_layers` the step has layers that repeat stacked; `stack` and
+  `unstack` are the way in and out, and do nothing otherwise. States, and the
+  parts of parameters that methods take, are in the form of the step.
+
   Attributes:
     model: dense or sparse, as the stage trains it.
     tx: the optimizer of the trained parameters.
@@ -42,12 +46,18 @@ class Program:
     self._cfg, self._stage, self._mesh = cfg, stage, mesh
     self.model = llava.Llava(cfg.stage_model(stage))
     self.probe_sizes = probe_sizes(stage)
+    if self.model.cfg.remat == 'offload_dots':
+      sharding.require_memory('pinned_host', "model.remat='offload_dots'")
+    self._layers = stacking.table(self.model.cfg)
     section = cfg.stage(stage)
     self.rate = optimizer.schedule(
         section.lr, steps, cfg.optimizer.warmup_ratio
     )
     self.tx: optax.GradientTransformation = optimizer.make(
-        self.split(self.shardings)[0], cfg.optimizer, section, steps
+        self.stack(self.split(self.shardings)[0]),
+        cfg.optimizer,
+        section,
+        steps,
     )
 
   @functools.cached_property
@@ -67,6 +77,24 @@ class Program:
         self.shardings,
     )
 
+  def stack(self, tree: Any) -> Any:
+    """A tree of single layers in the form of the step; consumes its arrays."""
+    return stacking.stack(tree, self._layers, consume=True)
+
+  def single(self, tree: Any) -> Any:
+    """The abstract form of a tree, layer by layer."""
+    return stacking.unstack(_abstract(tree), consume=False)
+
+  def unstack(self, tree: Any) -> Any:
+    """The inverse of `stack`; consumes the arrays."""
+    return stacking.unstack(tree, consume=True)
+
+  def to_save(self, tree: Any) -> Any:
+    """A copy of single layers in host memory, if the tree is stacked."""
+    return stacking.unstack(
+        tree, consume=False, to_host=sharding.has_memory('pinned_host')
+    )
+
   def init_state(self, trained: Any) -> state_lib.TrainState:
     """The state before the first step."""
     opt_state = jax.jit(
@@ -78,6 +106,7 @@ class Program:
 
   def abstract_state(self, trained: Any) -> state_lib.TrainState:
     """`init_state` of arrays or of their abstract forms, not computed."""
+    trained = self.stack(_abstract(trained))
     scalar: Any = jax.ShapeDtypeStruct(
         (), np.int32, sharding=sharding.replicated(self._mesh)
     )
@@ -89,20 +118,27 @@ class Program:
     return state_lib.TrainState(scalar, trained, opt_state, scalar, scalar)
 
   def _opt_shardings(self, trained: Any) -> Any:
-    """Optimizer state lies in shards of the parameter that it belongs to."""
+    """Optimizer state lies where the sum of gradients does."""
     whole = sharding.replicated(self._mesh)
-
-    def place(leaf, param):
-      if leaf.shape != param.shape:  # A factored or scalar moment.
-        return whole
-      return sharding.zero(param.sharding, param.shape)
-
     return optax.tree_utils.tree_map_params(
         self.tx,
-        place,
+        lambda leaf, where: leaf if _is_masked(leaf) else where,
         jax.eval_shape(self.tx.init, trained),
-        trained,
+        self._gradient_shardings(trained),
         transform_non_params=lambda _: whole,
+        is_leaf=_is_masked,
+    )
+
+  def _gradient_shardings(self, trained: Any) -> Any:
+    """The shard of each gradient that a device keeps (ZeRO-2)."""
+    memory = self._cfg.mesh.optimizer_memory
+    return self.stack(
+        jax.tree.map(
+            lambda x: sharding.zero(x.sharding, x.shape).with_memory_kind(
+                memory
+            ),
+            self.single(trained),
+        )
     )
 
   def train_step(self, state: Any, frozen: Any) -> Any:
@@ -119,12 +155,19 @@ class Program:
         self._cfg,
         self._stage,
         self.probe_sizes,
-        jax.tree.map(
-            lambda x: sharding.zero(x.sharding, x.shape), state.trained
-        ),
+        self._gradient_shardings(state.trained),
     )
+    on_device = jax.tree.map(
+        lambda x: x.sharding.with_memory_kind('device'), state.opt_state
+    )
+
+    def fetched(state, frozen, batch):
+      opt_state = jax.device_put(state.opt_state, on_device)
+      return step(state.replace(opt_state=opt_state), frozen, batch)
+
+    offloaded = self._cfg.mesh.optimizer_memory != 'device'
     return jax.jit(
-        step,
+        fetched if offloaded else step,
         in_shardings=(_where(state), _where(frozen), self._rows()),
         out_shardings=(_where(state), sharding.replicated(self._mesh)),
         donate_argnums=0,
@@ -140,6 +183,18 @@ class Program:
 
   def _rows(self) -> jax.sharding.NamedSharding:
     return sharding.of_batch(self._mesh)
+
+
+def _is_masked(leaf: Any) -> bool:
+  """A parameter that another group of the optimizer updates."""
+  return isinstance(leaf, optax.MaskedNode)
+
+
+def _abstract(tree: Any) -> Any:
+  return jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+      tree,
+  )
 
 
 def _where(tree: Any) -> Any:

@@ -135,6 +135,32 @@ def _objective(
   return loss
 
 
+def _keep(tree: Any, kept: Any) -> Any:
+  """Moves what is kept in host memory there; the rest is left to XLA."""
+  if kept is None:
+    return tree
+  return jax.tree.map(
+      lambda x, where: x
+      if where.memory_kind == 'device'
+      else jax.device_put(x, where),
+      tree,
+      kept,
+  )
+
+
+def _fetch(tree: Any, kept: Any) -> Any:
+  """The inverse of `_keep`."""
+  if kept is None:
+    return tree
+  return jax.tree.map(
+      lambda x, where: x
+      if where.memory_kind == 'device'
+      else jax.device_put(x, where.with_memory_kind('device')),
+      tree,
+      kept,
+  )
+
+
 def make_train_step(
     model: llava.Llava,
     tx: optax.GradientTransformation,
@@ -151,16 +177,19 @@ def make_train_step(
 
   `rate` is only reported: `tx` has its own.
 
-  Gradients are taken of the trained parameters only. They are summed up and
-  applied in `shards`, the sharding of each (`sharding.zero`; None: as they
-  come), and the new parameters are gathered at the end. A step whose loss or
+  Gradients are taken of the trained parameters only. They are applied in
+  `shards`, the sharding of each (`sharding.zero`; None: as they come), where
+  their sum waits for the next micro-batch, also in host memory; the new
+  parameters are gathered at the end. A step whose loss or
   gradient is not finite changes nothing but the counters.
   """
 
   def scatter(tree):
     if shards is None:
       return tree
-    return jax.lax.with_sharding_constraint(tree, shards)
+    return jax.lax.with_sharding_constraint(
+        tree, jax.tree.map(lambda x: x.with_memory_kind('device'), shards)
+    )
 
   count = cfg.stage(stage).accumulate
   base = jax.random.fold_in(
@@ -198,10 +227,13 @@ def make_train_step(
 
       def add(carry, inputs):
         micro, index = inputs
-        out = gradient(
+        value, grads = gradient(
             state.trained, frozen, micro, jax.random.fold_in(rng, index), total
         )
-        return jax.tree.map(jnp.add, carry, out), None
+        summed = jax.tree.map(
+            jnp.add, (carry[0], _fetch(carry[1], shards)), (value, grads)
+        )
+        return (summed[0], _keep(summed[1], shards)), None
 
       parts = micro_batches(batch, count)
       shapes = jax.eval_shape(
@@ -213,10 +245,11 @@ def make_train_step(
           total,
       )
       zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-      zeros = (zeros[0], scatter(zeros[1]))
+      zeros = (zeros[0], _keep(scatter(zeros[1]), shards))
       ((loss, sums), grads), _ = jax.lax.scan(
           add, zeros, (parts, jnp.arange(count))
       )
+      grads = _fetch(grads, shards)
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     old = (scatter(state.trained), state.opt_state)
