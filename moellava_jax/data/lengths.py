@@ -9,6 +9,7 @@ for each such key, and what it says is counted again where the key differs.
 from collections.abc import Sequence
 import contextlib
 import hashlib
+import io
 import json
 import os
 from typing import NamedTuple
@@ -103,7 +104,9 @@ def read(found: rows.Rows, key: Key) -> np.ndarray | None:
     return None
   path = os.path.join(found.directory, key.file)
   try:
-    with np.load(path, allow_pickle=False) as file:
+    with open(path, 'rb') as file:
+      data = io.BytesIO(file.read())
+    with np.load(data, allow_pickle=False) as file:
       same = str(file['key']) == json.dumps([*key, found.digest])
       lengths_N = file['lengths_N']
   except (OSError, ValueError, KeyError, zipfile.BadZipFile):

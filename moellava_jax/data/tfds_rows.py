@@ -84,7 +84,13 @@ def _source(directory: str, split: str) -> Any:
     def decode_batch_example_np(self, serialized):
       return serialized
 
-  builder: Any = tfds.builder_from_directory(directory)
+  try:
+    builder: Any = tfds.builder_from_directory(directory)
+  except Exception as error:  # Whatever its parsers raise.
+    raise rows.DataError(
+        f'{directory} cannot be opened: {type(error).__name__}: {error}.'
+        ' Prepare the dataset again.'
+    ) from error
   wanted = {'id', 'paths', 'images', 'conversations'}
   features: Any = builder.info.features
   if features is None or wanted - set(features):
