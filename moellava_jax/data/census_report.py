@@ -116,7 +116,7 @@ def histogram(
     axes.axvline(row_length, color='tab:red', linestyle='--')
     cut = float(np.mean(lengths_N > row_length))
     axes.annotate(
-        f' row_length {row_length}: {cut:.2%} are longer',
+        f' row_length {row_length}: {cut:.2%} are longer ',
         (row_length, 1),
         xycoords=('data', 'axes fraction'),
         va='top',

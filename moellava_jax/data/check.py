@@ -161,11 +161,11 @@ def _row(raw: Any, number, root, with_attributes: bool, notes) -> rows.Row:
   turns = check_turns.turns(raw.get('conversations'), notes)
   paths = check_images.paths(raw, notes)
   attributes = None
-  if with_attributes:
+  if with_attributes:  # Whose questions are empty, and have no marks.
     attributes = _attributes(raw, notes)
   else:
     turns = check_turns.marked(turns, paths, notes)
-  turns = check_turns.without_empty(turns, notes)
+    turns = check_turns.without_empty(turns, notes)
   return rows.Row(
       notes.where,
       identity,

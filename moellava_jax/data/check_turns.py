@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from moellava_jax.data import templates
 
+_KNOWN = ('human', 'gpt')  # In the order in which they alternate.
 _ROLES = {
     'human': 'human',
     'user': 'human',
@@ -39,7 +40,7 @@ def turns(raw: Any, notes) -> list[Turn]:
   if turns and turns[0].role == 'gpt':  # As in the original.
     turns = turns[1:]
   for place, (number, role, _) in enumerate(turns):
-    if role != ('human', 'gpt')[place % 2]:
+    if role != _KNOWN[place % 2]:
       raise notes.bad(
           'turns do not alternate',
           f': turn {number} is from {role!r}; human and gpt alternate.',
@@ -50,31 +51,29 @@ def turns(raw: Any, notes) -> list[Turn]:
 
 
 def _turn(number: int, turn: Any, notes) -> Turn:
-  if (
-      not isinstance(turn, dict)
-      or not isinstance(turn.get('from'), str)
-      or not isinstance(turn.get('value'), str)
-  ):
+  given = turn.get('from') if isinstance(turn, dict) else None
+  value = turn.get('value') if isinstance(turn, dict) else None
+  if not isinstance(given, str) or not isinstance(value, str):
     raise notes.bad(
         'malformed turn',
         f'turn {number} is {str(turn)[:60]!r}; expected'
         ' {"from": "human" | "gpt", "value": text}.',
     )
-  given = turn['from']
+  if not value.isascii():
+    value = notes.text(value, f'turn {number}')
+  if given in _KNOWN or (given == 'system' and not number):
+    return Turn(number, given, value)
   role = _ROLES.get(given.strip().lower())
-  if given == 'system' and number == 0:
-    role = given
-  elif role is None:
+  if role is None:
     raise notes.bad(
         'unknown role',
         f'turn {number} is from {given[:60]!r}; expected "human" or "gpt".',
     )
-  elif role != given:
-    notes.repair(
-        'human and gpt for other names of them',
-        f'turn {number} is from {given!r}; expected "human" or "gpt".',
-    )
-  return Turn(number, role, notes.text(turn['value'], f'turn {number}'))
+  notes.repair(
+      'human and gpt for other names of them',
+      f'turn {number} is from {given!r}; expected "human" or "gpt".',
+  )
+  return Turn(number, role, value)
 
 
 def marked(turns: list[Turn], paths: list[str], notes) -> list[Turn]:
@@ -108,6 +107,8 @@ def marked(turns: list[Turn], paths: list[str], notes) -> list[Turn]:
 
 def without_empty(turns: list[Turn], notes) -> list[Turn]:
   """Turns without the exchanges of which one side says nothing."""
+  if all(turn.value and not turn.value.isspace() for turn in turns):
+    return turns
   kept, marks = [], ''
   for place in range(0, len(turns), 2):
     exchange = turns[place : place + 2]

@@ -6,11 +6,14 @@ template and the positions of an image; next to prepared rows there is a file
 for each such key, and what it says is counted again where the key differs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent import futures
 import contextlib
+import functools
 import hashlib
 import io
 import json
+import multiprocessing
 import os
 from typing import NamedTuple
 import zipfile
@@ -20,6 +23,8 @@ import numpy as np
 from moellava_jax import config
 from moellava_jax.data import rows, templates
 from moellava_jax.data import tokenizer as tokenizer_lib
+
+_RANGE = 1000  # Rows that a process counts at a time.
 
 
 class Key(NamedTuple):
@@ -63,39 +68,86 @@ def count(
     tok: tokenizer_lib.Tokenizer,
     template: str,
     image_tokens: int,
+    *,
+    workers: int,
 ) -> np.ndarray:
   """Returns lengths_N, int32: of each row, in order.
 
   Reads what is kept beside the rows; counts what is not, and keeps it if the
   directory can be written. Several processes may do so at once.
+
+  Args:
+    found: rows; their images are not opened.
+    tok: tokenizer.
+    template: a key of `templates.TEMPLATES`.
+    image_tokens: positions of an image.
+    workers: processes that count; 0: none but this. Rows that are in memory
+      are always counted here.
   """
   if isinstance(found, rows.Rows) and len(found.parts) > 1:
-    return np.concatenate(
-        [count(part, tok, template, image_tokens) for part in found.parts]
-    )
+    parts = [
+        count(part, tok, template, image_tokens, workers=workers)
+        for part in found.parts
+    ]
+    return np.concatenate(parts)
   key = key_of(tok, template, image_tokens)
-  if isinstance(found, rows.Rows) and (kept_N := read(found, key)) is not None:
+  if not isinstance(found, rows.Rows) or not (found.directory and found.digest):
+    return _count(found, tok, template, image_tokens, 0)
+  if (kept_N := read(found, key)) is not None:
     return kept_N
+  lengths_N = _count(found, tok, template, image_tokens, workers)
+  with contextlib.suppress(OSError):  # A read-only disk: counted again.
+    write(found.directory, found.digest, key, lengths_N)
+  return lengths_N
+
+
+def _count(found, tok, template, image_tokens, workers: int) -> np.ndarray:
   from rich import console, progress
 
+  ranges = [
+      range(start, min(start + _RANGE, len(found)))
+      for start in range(0, len(found), _RANGE)
+  ]
+  work = functools.partial(_of_range, found, tok, template, image_tokens)
   screen = console.Console(stderr=True)
-  lengths_N = np.array(
-      [
-          of_row(row, tok, template, image_tokens)
-          for row in progress.track(
-              found,
-              'counting tokens',
-              console=screen,
-              transient=True,
-              disable=not screen.is_terminal,
-          )
-      ],
-      np.int32,
-  )
-  if isinstance(found, rows.Rows) and found.directory and found.digest:
-    with contextlib.suppress(OSError):  # A read-only disk: counted again.
-      write(found.directory, found.digest, key, lengths_N)
-  return lengths_N
+  with contextlib.ExitStack() as stack:
+    if workers and len(ranges) > 1:
+      pool = futures.ProcessPoolExecutor(
+          workers,
+          multiprocessing.get_context('spawn'),
+          initializer=_start,
+          initargs=(work,),
+      )
+      stack.callback(pool.shutdown, cancel_futures=True)
+      counted = pool.map(_of_range_there, ranges)
+    else:
+      counted = map(work, ranges)
+    parts = list(
+        progress.track(
+            counted,
+            'counting tokens',
+            total=len(ranges),
+            console=screen,
+            transient=True,
+            disable=not screen.is_terminal,
+        )
+    )
+  return np.array([n for part in parts for n in part], np.int32)
+
+
+def _of_range(found, tok, template, image_tokens, numbers: range) -> list[int]:
+  return [of_row(found[n], tok, template, image_tokens) for n in numbers]
+
+
+_work: list[Callable[[range], list[int]]] = []  # One in each process.
+
+
+def _start(work: Callable[[range], list[int]]) -> None:
+  _work.append(work)
+
+
+def _of_range_there(numbers: range) -> list[int]:
+  return _work[0](numbers)
 
 
 def read(found: rows.Rows, key: Key) -> np.ndarray | None:

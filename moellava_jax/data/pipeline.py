@@ -102,15 +102,15 @@ def encode(
   """Renders, tokenises and expands one conversation.
 
   Raises:
-    sources.DataError: the row is longer than `row_length` and may not be cut,
-      or it has more images than slots.
-    sources.DoesNotFitError: an image, or every answer, lies beyond the end.
+    sources.DataError: the row is longer than `row_length` and may not be cut.
+    sources.DoesNotFitError: an image, or every answer, lies beyond the end, or
+      there are more images than slots.
   """
   ids_L, supervised_L, cut, blanked = _tokens(row, fmt, tok)
   marks = int(np.sum(ids_L == config.IMAGE_TOKEN))
   paths = row.images if row.attributes is not None else row.images[:marks]
   if len(paths) > fmt.max_images:
-    raise sources.DataError(
+    raise sources.DoesNotFitError(
         f'{row.where} has {len(paths)} images, but a row has'
         f" max_images={fmt.max_images} slots; raise the stage's max_images."
     )

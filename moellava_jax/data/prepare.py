@@ -15,8 +15,8 @@ DIR gets shards (`data/records.py`), report.json, dropped.jsonl (every row left
 out, and why) and lengths.png. The same command goes on after a crash: shards
 that are finished stay.
 
-Tokens are counted with the tokenizer of --config.init.tokenizer or .lm (a
-local directory), or of the run in workdir; without one, words are.
+Tokens are counted with the tokenizer of the run in workdir, or else that of
+--config.init.tokenizer, .checkpoint or .lm; without one, words are.
 """
 
 import os
@@ -34,6 +34,7 @@ from moellava_jax.data import (
     tokenizer_files,
 )
 
+_HUB = 'hf:'  # As in `interop.hub`.
 _CONFIG = config_flags.DEFINE_config_file(
     'config', None, 'Config file with :stage.', lock_config=True
 )
@@ -110,18 +111,46 @@ def _tokenizer(cfg: config.TrainConfig) -> tuple[str | None, str | None]:
   kept = os.path.join(cfg.workdir, 'tokenizer')
   if os.path.exists(os.path.join(kept, 'tokenizer.json')):
     return kept, None
-  given = cfg.init.tokenizer or cfg.init.lm
+  init = cfg.init
+  given = init.tokenizer or init.checkpoint or init.lm
   if given is None:
     return None, None
+  given = _fetched(given) if given.startswith(_HUB) else given
+  inner = os.path.join(given, 'tokenizer')  # Of a checkpoint of ours.
+  if os.path.isdir(inner):
+    return inner, None
   if not os.path.isdir(given):
     raise config.UserError(
-        f'{given} is no local directory; name one with a tokenizer'
+        f'{given} is no directory; name one with a tokenizer'
         ' (--config.init.tokenizer=DIR), or leave it out: words are counted'
         ' then.'
     )
   # Templates are called after the families of the models they were made for.
-  family = cfg.moe.template if cfg.init.lm is not None else None
+  family = cfg.moe.template if init.checkpoint or init.lm else None
   return given, family if family in tokenizer_files.FAMILIES else None
+
+
+def _fetched(name: str) -> str:
+  """The tokenizer of a repository of the Hugging Face Hub."""
+  import huggingface_hub
+  from huggingface_hub import errors
+
+  try:
+    return huggingface_hub.snapshot_download(
+        name.removeprefix(_HUB),
+        allow_patterns=['*.json', '*.txt', '*.model', '*.tiktoken', '*.jinja'],
+    )
+  except (
+      errors.HfHubHTTPError,
+      errors.HFValidationError,
+      errors.LocalEntryNotFoundError,
+      errors.OfflineModeIsEnabled,
+  ) as error:
+    raise config.UserError(
+        f'{name} cannot be fetched: {error}. Name a local directory'
+        ' (--config.init.tokenizer=DIR), or leave it out: words are counted'
+        ' then.'
+    ) from error
 
 
 def _options(argv: list[str]) -> tuple[conversion.Options, inspection.Settings]:

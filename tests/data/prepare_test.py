@@ -288,7 +288,8 @@ def test_wrong_settings_say_what_to_do(tmp_path):
   out = tmp_path / 'out'
   for more, message in (
       (['--store_size=100'], 'images of 42 pixels'),
-      (['--config.init.tokenizer=nowhere'], 'no local directory'),
+      (['--config.init.tokenizer=nowhere'], 'is no directory'),
+      (['--config.init.lm=hf:org/name'], 'cannot be fetched'),
       (['--json=none.json'], 'none.json does not exist'),
       (['--config=configs/shapes.py'], 'name one, as in'),
   ):

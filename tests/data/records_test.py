@@ -8,6 +8,7 @@ import pytest
 
 from moellava_jax.data import conversion, lengths, records, rows, sources
 from moellava_jax.data import tokenizer as tokenizer_lib
+from moellava_jax.train import inputs
 from tests import tiny
 from tests.data import llava_files
 
@@ -174,7 +175,7 @@ def test_lengths_are_those_of_the_examples(corpus):
   found = sources.read(path, str(folder))
   examples = llava_files.examples(found, folder)
   lengths_N = lengths.count(
-      found, llava_files.TOKENIZER, 'bare', llava_files.IMAGE_TOKENS
+      found, llava_files.TOKENIZER, 'bare', llava_files.IMAGE_TOKENS, workers=0
   )
   assert lengths_N.dtype == np.int32
   assert lengths_N.tolist() == [
@@ -194,7 +195,7 @@ def test_lengths_are_kept_and_counted_again_where_the_key_differs(
 
   def count(expected, tok=llava_files.TOKENIZER, template='bare', image=9):
     counted.clear()
-    lengths_N = lengths.count(found, tok, template, image)
+    lengths_N = lengths.count(found, tok, template, image, workers=0)
     assert len(counted) == expected
     return lengths_N
 
@@ -206,7 +207,10 @@ def test_lengths_are_kept_and_counted_again_where_the_key_differs(
   assert (count(13, tok=_other_tokenizer()) != first_N).any()
   count(0)  # All of them are kept.
   joined = sources.Joined([found, found])
-  assert len(lengths.count(joined, llava_files.TOKENIZER, 'bare', 9)) == 26
+  assert (
+      len(lengths.count(joined, llava_files.TOKENIZER, 'bare', 9, workers=0))
+      == 26
+  )
   # Of other rows, or damaged: not believed.
   for path in copy.glob('lengths-*.npz'):
     path.write_bytes(path.read_bytes()[:50])
@@ -217,3 +221,57 @@ def test_lengths_are_kept_and_counted_again_where_the_key_differs(
   (copy / 'manifest.json').write_text(json.dumps(manifest))
   found = sources.read(str(copy), '')
   count(13)
+
+
+def test_processes_count_the_same_lengths(copy, monkeypatch):
+  monkeypatch.setattr(lengths, '_RANGE', 4)
+  tok = llava_files.TOKENIZER
+  found = sources.read(str(copy), '')
+  there_N = lengths.count(found, tok, 'bare', 9, workers=2)
+  here_N = lengths.count(list(found), tok, 'bare', 9, workers=0)
+  np.testing.assert_array_equal(there_N, here_N)
+
+
+def test_training_takes_a_prepared_directory(corpus, tmp_path, capsys):
+  folder, path, out = corpus
+  found = {}
+  for name, given in (('json', path), ('prepared', out)):
+    cfg = tiny.train_config(
+        tmp_path / name,
+        data__json=given,
+        data__images=str(folder),
+        data__eval_json=given,
+        moe__max_images=2,
+        moe__row_length=128,
+    )
+    (tmp_path / name).mkdir()
+    found[name] = inputs.read(cfg, ['moe'])
+  for kind in ('examples', 'held_out'):
+    direct, stored = (getattr(found[name], kind)['moe'] for name in found)
+    assert len(direct) == len(stored) == 13
+    for one, other in zip(direct[3], stored[3], strict=True):
+      np.testing.assert_array_equal(one, other)
+
+
+def test_training_counts_what_was_dropped_and_repaired(tmp_path, capsys):
+  path = llava_files.write(tmp_path, 12)
+  raws = json.loads((tmp_path / 'rows.json').read_text())
+  raws[1]['image'] = '../out.png'
+  raws[2]['image'] = 'coco/1.jpg'  # It is a PNG.
+  raws[4]['conversations'] = []
+  (tmp_path / 'rows.json').write_text(json.dumps(raws))
+  cfg = tiny.train_config(
+      tmp_path / 'run',
+      data__json=path,
+      data__images=str(tmp_path),
+      data__on_bad='skip',
+      moe__max_images=1,  # Rows 3, 7 and 11 have two.
+      moe__row_length=128,
+  )
+  (tmp_path / 'run').mkdir()
+  assert len(inputs.read(cfg, ['moe']).examples['moe']) == 7
+  text = capsys.readouterr().out
+  assert 'dropped 1 rows: image outside the image root' in text
+  assert 'dropped 1 rows: no conversation' in text
+  assert 'dropped 3 rows: images or answers beyond the end' in text
+  assert "the file of another extension': 1" in text
