@@ -14,7 +14,8 @@ Read as it is, in both modes:
   a last question without answer     kept, not supervised
   any image file that Pillow reads   whatever its name says; the first frame
                                      of an animation, CMYK and palettes as RGB,
-                                     16 bits a pixel scaled to 8
+                                     grey of 16 bits clipped at 255: all this as
+                                     in the original
 
 Repaired:
 

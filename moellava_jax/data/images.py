@@ -5,8 +5,7 @@ What `CLIPImageProcessor` and `SiglipImageProcessor` of Hugging Face do up to
 their division by 255; the model normalises on the device. As in the original,
 EXIF orientation is not applied, transparency is dropped (not composed), and
 of an animation the first frame is taken. What is not as in the original: it
-takes the rows of an image 1 or 3 pixels high for channels, and shows grey
-levels of 16 bits as white.
+takes the rows of an image 1 or 3 pixels high for channels.
 """
 
 import functools
@@ -84,8 +83,6 @@ def _open(file: Any, name: str) -> Image.Image:
       image.load()
       # Pillow would warn that it drops it, which is what we want.
       image.info.pop('transparency', None)
-      if image.mode.startswith('I;16'):  # Which Pillow would clip to white.
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
       return image.convert('RGB')
   except Exception as error:  # Decoders raise almost anything on bad bytes.
     raise ImageError(

@@ -72,7 +72,10 @@ def test_a_group_trains_as_its_json_files_do(group, published):
 def test_anyone_can_read_what_is_written(published):
   import tensorflow_datasets as tfds
 
-  _prepare(published, 'llava_pt')
+  directory = _prepare(published, 'llava_pt')
+  stored = [row.images[0].fetch()[:4] for row in sources.read(directory, '')]
+  # TFDS itself decodes no GIF.
+  assert stored == [b'\xff\xd8\xff\xe0', b'\xff\xd8\xff\xe0', b'\x89PNG']
   source = tfds.data_source(
       'llava_pt', split='train', data_dir=str(published / 'tfds')
   )
