@@ -28,6 +28,7 @@ DEPENDENCIES = [
     'optax>=0.2.8,<0.3',
     'orbax-checkpoint>=0.12.8,<1.0',
     'grain>=0.2.18,<0.3',
+    'array_record>=0.8.6',
     'tensorflow-datasets>=4.9.10,<5',  # Works without TensorFlow.
     'importlib_resources',  # TFDS 4.9.10 imports it without asking for it.
     'ml_collections>=1.1',
@@ -50,7 +51,7 @@ EXTRAS = {
     'wandb': ['wandb'],
     # For tokenizer files that `tokenizers` cannot read: Qwen 1, LLaMA, Yi.
     'tokenizers': ['tiktoken', 'sentencepiece'],
-    'test': ['pytest>=9,<10', 'scikit-image'],  # scikit-image: photographs.
+    'test': ['pytest>=9,<10', 'psutil', 'scikit-image'],  # For photographs.
     # Comparisons with the original framework, and its `.bin` files.
     'parity': ['torch==2.13.0'],
     # Exact: another version formats and complains differently.

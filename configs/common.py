@@ -104,7 +104,7 @@ def run(tower: str, lm: str) -> Any:
   c.data.json = config_dict.placeholder(str)  # Replaces every stage's data.
   c.data.images = config_dict.placeholder(str)
   c.data.eval_json = config_dict.placeholder(str)
-  c.data.on_bad = 'error'  # An unreadable image: error | skip.
+  c.data.on_bad = 'error'  # A bad row or image (data/check.py): error | skip.
   c.data.on_long = 'cut'  # A conversation longer than the row: error | cut.
   c.data.image_aspect = 'pad'
   # The original's: a cut before images are expanded, labels by counting.

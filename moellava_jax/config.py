@@ -232,7 +232,7 @@ class DataConfig:
   json: str | None
   images: str | None
   eval_json: str | None
-  on_bad: Literal['error', 'skip']  # An image that cannot be read.
+  on_bad: Literal['error', 'skip']  # A row that breaks a rule of data/check.
   on_long: Literal['error', 'cut']  # A conversation longer than its row.
   image_aspect: Literal['pad', 'square']
   parity_truncation: bool
@@ -245,7 +245,7 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class StageDataConfig:
-  json: str  # Paths of LLaVA JSON files, joined by commas.
+  json: str  # LLaVA JSON, prepared or TFDS directories, joined by commas.
   images: str  # The root of their relative image paths.
   eval_json: str | None
 

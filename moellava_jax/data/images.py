@@ -9,8 +9,10 @@ takes the rows of an image 1 or 3 pixels high for channels.
 """
 
 import functools
+import io
 import os
 import pathlib
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -63,19 +65,28 @@ def load(path: str | os.PathLike[str]) -> Image.Image:
   try:
     if os.path.getsize(path) == 0:
       raise ImageError(f'Image {os.fspath(path)!r} is an empty file.')
-    with Image.open(path) as image:
+  except FileNotFoundError as error:
+    raise ImageError(f'Image {os.fspath(path)!r} does not exist.') from error
+  return _open(path, os.fspath(path))
+
+
+def decode(data: bytes, name: str) -> Image.Image:
+  """`load` for the bytes of a file; `name` stands for it in messages."""
+  if not data:
+    raise ImageError(f'Image {name!r} is an empty file.')
+  return _open(io.BytesIO(data), name)
+
+
+def _open(file: Any, name: str) -> Image.Image:
+  try:
+    with Image.open(file) as image:
       image.load()
       # Pillow would warn that it drops it, which is what we want.
       image.info.pop('transparency', None)
       return image.convert('RGB')
-  except ImageError:
-    raise
-  except FileNotFoundError as error:
-    raise ImageError(f'Image {os.fspath(path)!r} does not exist.') from error
   except Exception as error:  # Decoders raise almost anything on bad bytes.
     raise ImageError(
-        f'Image {os.fspath(path)!r} cannot be read:'
-        f' {type(error).__name__}: {error}'
+        f'Image {name!r} cannot be read: {type(error).__name__}: {error}'
     ) from error
 
 

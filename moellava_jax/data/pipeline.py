@@ -17,6 +17,7 @@ import numpy as np
 from moellava_jax import config
 from moellava_jax.data import batch as batch_lib
 from moellava_jax.data import images, parity, sources, templates
+from moellava_jax.data import rows as rows_lib
 from moellava_jax.data import tokenizer as tokenizer_lib
 
 # The limit where `row_length` follows the data; the original's text length.
@@ -28,7 +29,7 @@ class Example(NamedTuple):
 
   tokens_L: np.ndarray  # int32, IMAGE_TOKEN repeated per patch.
   supervised_L: np.ndarray  # bool.
-  images: tuple[str, ...]
+  images: tuple[str | rows_lib.Stored, ...]
   attributes: np.ndarray | None
   id: int
   cut: bool  # Text at the end was left out.
@@ -66,15 +67,17 @@ class ImageStore:
 
   def __init__(self, root: str, fmt: Format, budget: int):
     self._root, self._fmt, self._budget = root, fmt, budget
-    self._kept: dict[str, np.ndarray] = {}
+    self._kept: dict[str | rows_lib.Stored, np.ndarray] = {}
 
-  def __getitem__(self, path: str) -> np.ndarray:
+  def __getitem__(self, path: str | rows_lib.Stored) -> np.ndarray:
     """uint8 `[H, W, 3]`; raises `images.ImageError` naming the file."""
     if (pixels_HWC := self._kept.get(path)) is not None:
       return pixels_HWC
     vision = self._fmt.vision
     pixels_HWC = images.preprocess(
-        images.load(images.resolve(self._root, path)),
+        images.decode(path.fetch(), path.key)
+        if isinstance(path, rows_lib.Stored)
+        else images.load(images.resolve(self._root, path)),
         vision.image_size,
         self._fmt.data.image_aspect,
         vision.resize,
@@ -99,15 +102,15 @@ def encode(
   """Renders, tokenises and expands one conversation.
 
   Raises:
-    sources.DataError: the row is longer than `row_length` and may not be cut,
-      or it has more images than slots.
-    sources.DoesNotFitError: an image, or every answer, lies beyond the end.
+    sources.DataError: the row is longer than `row_length` and may not be cut.
+    sources.DoesNotFitError: an image, or every answer, lies beyond the end, or
+      there are more images than slots.
   """
   ids_L, supervised_L, cut, blanked = _tokens(row, fmt, tok)
   marks = int(np.sum(ids_L == config.IMAGE_TOKEN))
   paths = row.images if row.attributes is not None else row.images[:marks]
   if len(paths) > fmt.max_images:
-    raise sources.DataError(
+    raise sources.DoesNotFitError(
         f'{row.where} has {len(paths)} images, but a row has'
         f" max_images={fmt.max_images} slots; raise the stage's max_images."
     )
@@ -224,7 +227,7 @@ class Examples:
   row that `on_bad=skip` drops becomes an empty one, which keeps the order.
   """
 
-  def __init__(self, rows: list[sources.Row], root: str, fmt: Format, tok):
+  def __init__(self, rows: Sequence[sources.Row], root: str, fmt: Format, tok):
     self.dropped: Counter[str] = Counter()
     self.ignored_answers = 0
     self.cut = 0
@@ -232,7 +235,7 @@ class Examples:
     self.format = fmt  # With the row length that was found, if it was open.
     self._tok = tok
     self._store = image_store(root, fmt.vision, fmt.data)
-    self._rows: list = rows
+    self._rows: Sequence = rows
     image_bytes = 3 * fmt.vision.image_size**2
     need = len(rows) * ((fmt.row_length or 256) * 5 + image_bytes)
     self.eager = need <= fmt.data.cache_mb << 20

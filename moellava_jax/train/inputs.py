@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from moellava_jax import checkpoint, config
 from moellava_jax.data import pipeline, shapes, sources, templates
+from moellava_jax.data import rows as rows_lib
 from moellava_jax.data import tokenizer as tokenizer_lib
 from moellava_jax.interop import hf, hub, lms
 from moellava_jax.train import cluster, init
@@ -62,7 +63,7 @@ def _read(
     examples[stage] = _examples(cfg, stage, _rows(cfg, stage), tok)
     print_summary(stage, examples[stage], where.json)
     if where.eval_json is not None:
-      rows = sources.read(where.eval_json, where.images)
+      rows = sources.read(where.eval_json, where.images, on_bad=cfg.data.on_bad)
       held_out[stage] = _examples(cfg, stage, rows, tok)
       print_summary(stage, held_out[stage], where.eval_json)
   return Inputs(examples, held_out, tok)
@@ -106,9 +107,14 @@ def _summary(found: Inputs) -> dict[str, str]:
   }
 
 
-def _rows(cfg: config.TrainConfig, stage: str) -> list[sources.Row]:
+def _rows(cfg: config.TrainConfig, stage: str) -> rows_lib.Rows:
   where = cfg.stage_data(stage)
-  return sources.read(where.json, where.images, attributes=stage == 'warmup')
+  return sources.read(
+      where.json,
+      where.images,
+      attributes=stage == 'warmup',
+      on_bad=cfg.data.on_bad,
+  )
 
 
 def _examples(cfg, stage, rows, tok) -> pipeline.Examples:
@@ -123,7 +129,12 @@ def _examples(cfg, stage, rows, tok) -> pipeline.Examples:
       cfg.model.vision,
       data,
   )
-  return pipeline.Examples(rows, cfg.stage_data(stage).images, fmt, tok)
+  sources.check_stored(rows, fmt.vision, data.image_aspect)
+  examples = pipeline.Examples(rows, cfg.stage_data(stage).images, fmt, tok)
+  examples.dropped.update(rows.dropped)
+  if rows.repaired:
+    cluster.say(f'{stage}: repaired rows, by rule: {dict(rows.repaired)}')
+  return examples
 
 
 def _kept_tokenizer(cfg: config.TrainConfig) -> tokenizer_lib.Tokenizer:
