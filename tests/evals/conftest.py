@@ -6,6 +6,7 @@ import sys
 import types
 from typing import Any, NamedTuple
 
+import numpy as np
 from PIL import Image
 import pytest
 
@@ -23,6 +24,8 @@ class FakeChat:
   def __init__(self, name, digest):
     self.name = name
     self.digest = digest
+    self.params = {'llm': {'norm': np.zeros(5)}}
+    self.model = types.SimpleNamespace(cfg=types.SimpleNamespace(moe=None))
     self.reply = lambda request: 'Yes'
     self.dies_at = None
     self.calls = []
