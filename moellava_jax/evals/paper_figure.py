@@ -2,6 +2,7 @@
 """Figure 1 of MoE-LLaVA: POPE by the parameters that a token activates."""
 
 from collections.abc import Iterable, Mapping
+import math
 import pathlib
 from typing import Any
 
@@ -16,6 +17,7 @@ _MARKER = 8.0  # Points across.
 _FONT = 8.5
 # Where a label may stand: points right and up of the dot, nearest first.
 _RINGS = (9, 16, 26, 38, 52, 70)
+_NEAR = 16  # Beyond, a line leads to the dot.
 _SIDES = (
     (1, 0),
     (0, 1),
@@ -121,9 +123,10 @@ def _label(figure: Any, ax: Any, points: Points) -> None:
   taken = []
   # The crowded ones first: they have the fewest places.
   for name in sorted(points, key=lambda n: -_crowd(points[n], points.values())):
-    blocks = [*taken, *(dot for key, dot in dots.items())]
     for ring in _RINGS:
-      chosen = _place(ax, renderer, name, points[name], ring, blocks, frame)
+      chosen = _place(
+          ax, renderer, name, points[name], ring, dots, taken, frame
+      )
       if chosen is not None:
         taken.append(chosen)
         break
@@ -146,7 +149,8 @@ def _place(
     name: str,
     point: tuple[float, float],
     ring: float,
-    blocks: list[Any],
+    dots: Mapping[str, Any],
+    taken: list[Any],
     frame: Any,
 ) -> Any:
   """The box of the label if it finds room on this ring, else None."""
@@ -164,10 +168,11 @@ def _place(
         va='center' if abs(up) < 0.1 else ('bottom' if up > 0 else 'top'),
         arrowprops=(
             {'arrowstyle': '-', 'color': _INK, 'lw': 0.5, 'shrinkB': 4}
-            if ring > _RINGS[1]
+            if ring > _NEAR
             else None
         ),
     )
+    text.update_positions(renderer)
     # The text alone, without the line to its dot.
     box = mpl_text.Text.get_window_extent(text, renderer)
     inside = (
@@ -176,7 +181,28 @@ def _place(
         and box.y0 >= frame.y0
         and box.y1 <= frame.y1
     )
-    if inside and not any(box.overlaps(block) for block in blocks):
+    free = not any(box.overlaps(other) for other in (*taken, *dots.values()))
+    if inside and free and (ring > _NEAR or _is_clear(box, name, dots)):
       return box
     text.remove()
   return None
+
+
+def _is_clear(box: Any, name: str, dots: Mapping[str, Any]) -> bool:
+  """Whether a label without a line stands nearest to its own dot.
+
+  Dots that cover each other have their labels on different sides.
+  """
+  own = _gap(box, dots[name])
+  return all(
+      _gap(box, dot) > 3 * own
+      for dot in dots.values()
+      if not dot.overlaps(dots[name])
+  )
+
+
+def _gap(a: Any, b: Any) -> float:
+  """Between two boxes."""
+  right = max(a.x0 - b.x1, b.x0 - a.x1, 0)
+  up = max(a.y0 - b.y1, b.y0 - a.y1, 0)
+  return math.hypot(right, up)

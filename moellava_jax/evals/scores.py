@@ -9,6 +9,8 @@ from typing import Any
 
 from moellava_jax.evals import base
 
+_WIDEST = 200
+
 
 def read(
     path: str | os.PathLike[str],
@@ -71,7 +73,9 @@ def print_table(
   """Prints published rows and, below them in bold, own rows."""
   from rich import console, table
 
-  grid = table.Table(*columns, title=title, title_justify='left', box=None)
+  grid = table.Table(
+      *columns, title=title, title_justify='left', box=None, pad_edge=False
+  )
   for column in grid.columns[1:]:
     column.justify = 'right'
   for name, cells in published.items():
@@ -79,8 +83,7 @@ def print_table(
   for name, cells in own.items():
     grid.add_row(name, *cells, style='bold')
   # As wide as it is, also where the terminal is not.
-  out = console.Console(highlight=False, soft_wrap=True)
-  out.print(grid, width=console.Console().measure(grid).maximum)
+  console.Console(highlight=False, width=_WIDEST).print(grid)
 
 
 def _show_group(out: Any, name: str, group: Mapping[str, Any]) -> None:

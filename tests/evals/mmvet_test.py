@@ -8,7 +8,11 @@ import pytest
 from moellava_jax.evals import base, judge, mmvet
 
 OFFICIAL = {
-    'v1_0': {'question': 'x?', 'answer': '1<AND>2', 'capability': ['ocr', 'math']},
+    'v1_0': {
+        'question': 'x?',
+        'answer': '1<AND>2',
+        'capability': ['ocr', 'math'],
+    },
     'v1_1': {'question': 'who?', 'answer': 'me<OR>you', 'capability': ['rec']},
     'v1_2': {'question': 'why?', 'answer': 'so', 'capability': ['rec', 'ocr']},
 }
