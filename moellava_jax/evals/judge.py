@@ -199,3 +199,41 @@ class Judge:
 def _seconds(header: str | None) -> float:
   """Of a Retry-After header; a date counts as nothing."""
   return float(header) if header and header.isdecimal() else 0.0
+
+
+def from_flags(
+    url: str | None,
+    model: str | None,
+    key: str | None,
+    prices: Sequence[str],
+    out: str | None,
+) -> Judge:
+  """A judge that keeps its replies in `out`/judge.
+
+  Raises:
+    EvalError: a flag is missing or malformed.
+  """
+  if url is None or model is None:
+    raise base.EvalError('Give both --judge_url and --judge_model.')
+  if not url.startswith(('http://', 'https://')):
+    raise base.EvalError(
+        f'--judge_url={url}: expected http://... or https://...'
+    )
+  if out is None:
+    raise base.EvalError('Give --out=DIR, where the replies are kept.')
+  try:
+    numbers = tuple(map(float, prices))
+  except ValueError:
+    numbers = (-1.0,)
+  if len(numbers) not in (0, 2) or any(number < 0 for number in numbers):
+    raise base.EvalError(
+        f'--judge_prices={",".join(prices)}: expected the dollars per million'
+        ' tokens in and out, such as 30,60.'
+    )
+  return Judge(
+      url=url,
+      model=model,
+      key=key,
+      cache=pathlib.Path(out) / 'judge',
+      prices=(numbers[0], numbers[1]) if numbers else None,
+  )

@@ -20,69 +20,9 @@ import random
 import re
 from typing import Any
 
-from moellava_jax.evals import base, mmmu_parse, prompts, tsv
+from moellava_jax.evals import base, mmmu_parse, mmmu_subjects, prompts, tsv
 
 MAX_NEW_TOKENS = 1024
-# In the order of the official CAT_SHORT2LONG, in which options are drawn.
-SUBJECTS = (
-    'Accounting',
-    'Agriculture',
-    'Architecture_and_Engineering',
-    'Art',
-    'Art_Theory',
-    'Basic_Medical_Science',
-    'Biology',
-    'Chemistry',
-    'Clinical_Medicine',
-    'Computer_Science',
-    'Design',
-    'Diagnostics_and_Laboratory_Medicine',
-    'Economics',
-    'Electronics',
-    'Energy_and_Power',
-    'Finance',
-    'Geography',
-    'History',
-    'Literature',
-    'Manage',
-    'Marketing',
-    'Materials',
-    'Math',
-    'Mechanical_Engineering',
-    'Music',
-    'Pharmacy',
-    'Physics',
-    'Psychology',
-    'Public_Health',
-    'Sociology',
-)
-DISCIPLINES = {
-    'Art and Design': ('Art', 'Art_Theory', 'Design', 'Music'),
-    'Business': ('Accounting', 'Economics', 'Finance', 'Manage', 'Marketing'),
-    'Science': ('Biology', 'Chemistry', 'Geography', 'Math', 'Physics'),
-    'Health and Medicine': (
-        'Basic_Medical_Science',
-        'Clinical_Medicine',
-        'Diagnostics_and_Laboratory_Medicine',
-        'Pharmacy',
-        'Public_Health',
-    ),
-    'Humanities and Social Science': (
-        'History',
-        'Literature',
-        'Sociology',
-        'Psychology',
-    ),
-    'Tech and Engineering': (
-        'Agriculture',
-        'Architecture_and_Engineering',
-        'Computer_Science',
-        'Electronics',
-        'Energy_and_Power',
-        'Materials',
-        'Mechanical_Engineering',
-    ),
-}
 _ID = re.compile('([a-z]+)_(.+)_([0-9]+)')
 _MARK = re.compile('<image ([1-7])>')
 _SEED = 42
@@ -187,7 +127,11 @@ def _question(
     where: str,
 ) -> base.Question:
   name = _ID.fullmatch(str(row.get('id')))
-  if name is None or name[2] not in SUBJECTS or not row.get('question'):
+  if (
+      name is None
+      or name[2] not in mmmu_subjects.SUBJECTS
+      or not row.get('question')
+  ):
     raise base.EvalError(
         f'{where}: expected an "id" such as validation_Accounting_1 and a'
         f' "question", got {row.get("id")!r} and {row.get("question")!r}.'
@@ -220,7 +164,7 @@ def _parsed(
   """What each answer says, and whether it was drawn."""
   draw = random.Random(_SEED)
   found = {}
-  for subject in SUBJECTS:
+  for subject in mmmu_subjects.SUBJECTS:
     for question in (q for q in group if q.category == subject):
       text = texts[question.question_id]
       letters = question.extra['options']
@@ -257,7 +201,7 @@ def score(
         ' --submission=FILE.json writes.'
     )
   parsed = _parsed(group, texts)
-  right: dict[str, list[bool]] = {name: [] for name in SUBJECTS}
+  right: dict[str, list[bool]] = {name: [] for name in mmmu_subjects.SUBJECTS}
   for question in group:
     said, _ = parsed[question.question_id]
     gold = question.extra['gold']
@@ -270,7 +214,7 @@ def score(
   every = [hit for hits in right.values() for hit in hits]
   fields = {
       name: [hit for subject in inner for hit in right[subject]]
-      for name, inner in DISCIPLINES.items()
+      for name, inner in mmmu_subjects.DISCIPLINES.items()
   }
   return {
       'accuracy': sum(every) / len(every),

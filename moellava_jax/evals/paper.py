@@ -20,7 +20,7 @@ _COLUMNS = (
     ('VizWiz', 'vizwiz', (), 1),
     ('SQA-I', 'scienceqa', ('accuracy_img',), 100),
     ('VQA-T', 'textvqa', ('accuracy',), 100),
-    ('POPE', 'pope', ('f1_mean',), 100),
+    ('POPE', 'pope', (), 100),
     ('MMB', 'mmbench', ('accuracy',), 100),
     ('LLaVA-W', 'llava_bench', ('all', 'ratio'), 1),
     ('MM-Vet', 'mmvet', ('total',), 1),
@@ -152,6 +152,13 @@ def record(path: pathlib.Path, text: str) -> None:
   scores.merge(path, model, 'none', benchmark, {**entry, _SERVER: value})
 
 
+def _mean_f1(entries: Mapping[str, Any]) -> float | None:
+  """POPE in percent, or None unless it is of all three categories."""
+  entry = entries.get('pope', {})
+  whole = {*_POPE, 'f1_mean'} <= set(entry)
+  return 100 * entry['f1_mean'] if whole else None
+
+
 def row_3(entries: Mapping[str, Any]) -> list[str]:
   """Cells of Table 3; '-' for what is missing."""
   count = activated(entries)
@@ -159,7 +166,9 @@ def row_3(entries: Mapping[str, Any]) -> list[str]:
   for _, benchmark, path, factor in _COLUMNS:
     entry = entries.get(benchmark, {})
     value = entry.get(_SERVER)
-    if value is None and path:
+    if value is None and benchmark == 'pope':
+      value = _mean_f1(entries)
+    elif value is None and path:
       found: Any = entry
       for key in path:
         found = found.get(key) if isinstance(found, Mapping) else None
@@ -200,7 +209,7 @@ def measured(models: Models) -> dict[str, tuple[float, float]]:
   """The same of models that have both."""
   found = {}
   for name, entries in models.items():
-    count = activated(entries)
-    if count is not None and 'f1_mean' in entries.get('pope', {}):
-      found[name] = count, 100 * entries['pope']['f1_mean']
+    count, mean = activated(entries), _mean_f1(entries)
+    if count is not None and mean is not None:
+      found[name] = count, mean
   return found

@@ -90,30 +90,12 @@ def _judge(options: Options) -> judge.Judge | None:
     raise base.EvalError(
         f'{options.benchmark} is scored by rules; drop --judge_url.'
     )
-  if options.judge_url is None or options.judge_model is None:
-    raise base.EvalError('Give both --judge_url and --judge_model.')
-  if not options.judge_url.startswith(('http://', 'https://')):
-    raise base.EvalError(
-        f'--judge_url={options.judge_url}: expected http://... or https://...'
-    )
-  if options.out is None:
-    raise base.EvalError('Give --out=DIR, where the replies are kept.')
-  prices = None
-  if options.judge_prices:
-    try:
-      into, out = map(float, options.judge_prices)
-    except ValueError as e:
-      raise base.EvalError(
-          f'--judge_prices={",".join(options.judge_prices)}: expected the'
-          ' dollars per million tokens in and out, such as 30,60.'
-      ) from e
-    prices = into, out
-  return judge.Judge(
-      url=options.judge_url,
-      model=options.judge_model,
-      key=os.environ.get(options.judge_key),
-      cache=pathlib.Path(options.out) / 'judge',
-      prices=prices,
+  return judge.from_flags(
+      options.judge_url,
+      options.judge_model,
+      os.environ.get(options.judge_key),
+      options.judge_prices,
+      options.out,
   )
 
 

@@ -72,6 +72,15 @@ def test_every_published_row_is_complete():
       assert sum(f1) / 3 == pytest.approx(printed, abs=0.06)
 
 
+def test_pope_of_one_category_is_no_pope():
+  part = {'pope': {'random': POPE['random'], 'f1_mean': 0.9}}
+  part['pope']['activated_parameters'] = 2e9
+  assert paper.row_3(part)[7] == '-'
+  assert paper.row_4(part) == [*6 * '-', '85.0', '90.0', '40.0']
+  assert paper.measured({'m': part}) == {}
+  assert paper.measured({'m': ENTRIES}) == {'m': (2.059849728, 85.0)}
+
+
 def test_a_servers_score_is_kept_and_comes_first(scores, capsys):
   record = ['moe:vqav2:76.2', 'moe:gqa:60']
   paper.compare([], record, str(scores))
