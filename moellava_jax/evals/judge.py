@@ -222,9 +222,9 @@ def from_flags(
   if out is None:
     raise base.EvalError('Give --out=DIR, where the replies are kept.')
   try:
-    numbers = tuple(map(float, prices))
+    numbers = [float(price) for price in prices]
   except ValueError:
-    numbers = (-1.0,)
+    numbers = [-1.0]
   if len(numbers) not in (0, 2) or any(number < 0 for number in numbers):
     raise base.EvalError(
         f'--judge_prices={",".join(prices)}: expected the dollars per million'
