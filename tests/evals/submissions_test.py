@@ -107,7 +107,7 @@ def test_vqav2_validation_is_scored(asked, tmp_path):
   )
   questions = vqav2.load(asked, str(path))
   # 2 of 10 said cat: eight folds of 2/3, two of 1/3. All said yes.
-  assert vqav2.score(questions, _two('A cat.', 'YES')) == {
+  assert vqav2.score(questions, _two('A cat.', 'Yes.')) == {
       'accuracy': pytest.approx((0.6 + 1) / 2, rel=1e-12)
   }
   path.write_text('[]')
