@@ -35,7 +35,7 @@ LAYERS = {
     'interop': ('config', 'trees', 'checkpoint', 'backbones'),
     'train': (*_FOUNDATION, 'data', 'model', 'interop'),
     'infer': (*_FOUNDATION, 'data', 'model', 'interop'),
-    'evals': ('config', 'data', 'infer'),
+    'evals': ('config', 'trees', 'data', 'infer'),
     'analysis': (*_FOUNDATION, 'data', 'infer', 'evals'),
     'serve': ('config', 'infer'),
     'bench': (

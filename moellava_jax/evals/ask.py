@@ -3,6 +3,7 @@
 
 from collections.abc import Sequence
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -23,7 +24,7 @@ def check_images(
     questions: Sequence[base.Question], images_root: str | None
 ) -> None:
   """Raises EvalError unless every image of the questions is a file."""
-  names = dict.fromkeys(q.image for q in questions if q.image is not None)
+  names = dict.fromkeys(name for q in questions for name in q.images)
   if not names:
     return
   if images_root is None:
@@ -69,14 +70,14 @@ def run(
       question file, control or other settings.
   """
   check_images(questions, images_root)
-  shown = controls.shown_images([q.image for q in questions], control)
+  shown = _shown(questions, control)
   rows = [
-      _unanswered(question, image, chat.digest, control, settings, model_id)
-      for question, image in zip(questions, shown, strict=True)
+      _unanswered(question, images, chat.digest, control, settings, model_id)
+      for question, images in zip(questions, shown, strict=True)
   ]
   path = pathlib.Path(answers_path)
   done = _resume(path, rows)
-  pending = [i for i, row in enumerate(rows) if row.question_id not in done]
+  pending = [i for i, row in enumerate(rows) if _key(row) not in done]
   path.parent.mkdir(parents=True, exist_ok=True)
   with (
       progress.bar(path.name, len(rows), len(done)) as advance,
@@ -84,7 +85,7 @@ def run(
   ):
     for start in range(0, len(pending), settings.batch_size):
       batch = pending[start : start + settings.batch_size]
-      images = [controls.load(shown[i], images_root, control) for i in batch]
+      images = [_load(shown[i], images_root, control) for i in batch]
       prompts = [rows[i].prompt for i in batch]
       # Sampled batches must not repeat each other's noise.
       texts = _generate(chat, prompts, images, settings, seed=batch[0])
@@ -95,6 +96,34 @@ def run(
       os.fsync(file.fileno())
       advance(len(batch))
   return base.read_answers(path)
+
+
+def _shown(
+    questions: Sequence[base.Question], control: str
+) -> list[tuple[str, ...]]:
+  """The names of the images that each question is shown with."""
+  names = [name for q in questions for name in q.images]
+  shown = iter(controls.shown_images(names, control))
+  return [
+      tuple(filter(None, itertools.islice(shown, len(q.images))))
+      for q in questions
+  ]
+
+
+def _load(
+    names: Sequence[str], root: str | None, control: str
+) -> tuple[Any, ...]:
+  return tuple(
+      image for name in names for image in controls.load(name, root, control)
+  )
+
+
+def _marked(prompt: str, count: int) -> str:
+  """The prompt with `count` image marks: those it has, or all in front."""
+  mark = base.IMAGE_MARK.strip()
+  if mark in prompt:
+    return prompt
+  return base.IMAGE_MARK * count + prompt
 
 
 def _generate(
@@ -110,7 +139,7 @@ def _generate(
 
   requests = [
       chat_lib.Request(
-          turns=(('human', base.IMAGE_MARK * len(shown) + prompt),),
+          turns=(('human', _marked(prompt, len(shown))),),
           images=shown,
       )
       for prompt, shown in zip(prompts, images, strict=True)
@@ -126,7 +155,7 @@ def _generate(
 
 def _unanswered(
     question: base.Question,
-    image: str | None,
+    images: Sequence[str],
     digest: str,
     control: str,
     settings: Settings,
@@ -140,7 +169,8 @@ def _unanswered(
   metadata = {
       'digest': digest,
       'control': control,
-      'image': image,
+      # One name or none, as in every file written so far; several as a list.
+      'image': list(images) if len(images) > 1 else next(iter(images), None),
       'max_new_tokens': settings.max_new_tokens,
       'temperature': settings.temperature,
   }
@@ -155,25 +185,32 @@ def _unanswered(
   )
 
 
-def _resume(path: pathlib.Path, rows: Sequence[base.Answer]) -> set[int | str]:
-  """Ids answered in `path`; drops its last line if a kill tore it.
+def _key(row: base.Answer) -> tuple[int | str, str]:
+  """What tells questions apart: in TextVQA and MME the id is the image's."""
+  return row.question_id, row.prompt
+
+
+def _resume(
+    path: pathlib.Path, rows: Sequence[base.Answer]
+) -> set[tuple[int | str, str]]:
+  """Questions answered in `path`; drops its last line if a kill tore it.
 
   Raises:
     EvalError: the file is not the beginning of this very run.
   """
   data = path.read_bytes() if path.exists() else b''
   whole = data[: data.rfind(b'\n') + 1]
-  expected = {row.question_id: row for row in rows}
+  expected = {_key(row): row for row in rows}
   done = set()
   for number, answer in enumerate(base.parse_answers(whole, path), 1):
     where = f'{path}, line {number}'
-    _check_same(answer, expected.get(answer.question_id), where)
-    if answer.question_id in done:
+    _check_same(answer, expected.get(_key(answer)), where)
+    if _key(answer) in done:
       raise base.EvalError(
           f'{where}: question {answer.question_id!r} is answered twice; remove'
           ' one of the lines.'
       )
-    done.add(answer.question_id)
+    done.add(_key(answer))
   if whole != data:  # Only now is the file known to be ours to change.
     os.truncate(path, len(whole))
   return done
@@ -184,7 +221,7 @@ def _check_same(
 ) -> None:
   """Raises EvalError unless this run would have written `found`."""
   advice = 'Remove the file or write to another directory.'
-  if expected is None or found.prompt != expected.prompt:
+  if expected is None:
     raise base.EvalError(
         f'{where}: question {found.question_id!r} is not one of this question'
         f' file. {advice}'

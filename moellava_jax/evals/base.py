@@ -29,6 +29,10 @@ class EvalError(config.UserError):
   """A mistake in the files or options given; its message is all one needs."""
 
 
+class UnscoredError(EvalError):
+  """The answers are in order, but their score is not computed here."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Question:
   """A line of a question file."""
@@ -39,6 +43,12 @@ class Question:
   category: str
   answer: str | None  # The file's `label` or `answer`.
   extra: Mapping[str, Any]  # The line's other fields.
+  more_images: tuple[str, ...] = ()  # Those after `image`, in order.
+
+  @property
+  def images(self) -> tuple[str, ...]:
+    """All images, in the order in which they are shown."""
+    return () if self.image is None else (self.image, *self.more_images)
 
 
 class Answer(NamedTuple):

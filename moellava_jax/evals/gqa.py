@@ -10,13 +10,18 @@ validity and plausibility are scored too.
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
+import json
 import pathlib
 import re
 from typing import Any
 
-from moellava_jax.evals import base
+from moellava_jax.evals import base, prompts
 
 MAX_NEW_TOKENS = 128  # As LLaVA's runner.
+PROMPTS: prompts.Prompts = {
+    'lmms': prompts.short,
+    'vlmevalkit': prompts.short,
+}
 # Steps of a question's program that are not counted.
 _FINAL = ('exist', 'query: name', 'choose name')
 # Tables of accuracies: what the questions are grouped by.
@@ -105,6 +110,25 @@ def score(
   if not choices:
     del found['validity'], found['plausibility']
   return found
+
+
+def submission(
+    path: pathlib.Path,
+    questions: Mapping[str, Sequence[base.Question]],
+    answers: Mapping[str, Sequence[base.Answer]],
+) -> None:
+  """Writes the predictions that the official script and server take.
+
+  Raises:
+    EvalError: the answers are not those of exactly these questions.
+  """
+  ((key, group),) = questions.items()
+  texts = base.check_complete(group, answers[key])
+  rows = [
+      {'questionId': i, 'prediction': prediction(text)}
+      for i, text in texts.items()
+  ]
+  path.write_text(json.dumps(rows), encoding='utf-8')
 
 
 def rates(

@@ -18,10 +18,14 @@ import pathlib
 import statistics
 from typing import Any
 
-from moellava_jax.evals import base
+from moellava_jax.evals import base, prompts
 
 MAX_NEW_TOKENS = 128  # As LLaVA's runner; only the first sentence counts.
 _LABELS = ('yes', 'no')
+PROMPTS: prompts.Prompts = {
+    'lmms': prompts.short,
+    'vlmevalkit': prompts.bare,
+}
 
 
 def load(

@@ -3,8 +3,9 @@
 
 arXiv 2209.09513, scored as LLaVA's `eval_science_qa.py` scores it. --questions
 is `llava_test_CQM-A.json` (conversations), --annotations the directory with
-`problems.json` and `pid_splits.json`. A test problem without an answer counts
-as wrong, as an answer does in which no letter is found.
+`problems.json` and `pid_splits.json`. An answer in which no letter is found is
+wrong. So is, by the official script (`grade`), a problem without an answer;
+`score` does not take a partial set.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ import pathlib
 import re
 from typing import Any
 
-from moellava_jax.evals import base
+from moellava_jax.evals import base, prompts
 
 MAX_NEW_TOKENS = 1024  # As LLaVA's runner.
 OPTIONS = ('A', 'B', 'C', 'D', 'E')
@@ -20,8 +21,27 @@ FAILED = 'FAILED'
 # Any character ends the sentence: in the official expression the full stop is
 # not escaped.
 _SENTENCE = re.compile(r'The answer is ([A-Z]).')
-_SUFFIX = "\nAnswer with the option's letter from the given choices directly."
 _MARK = base.IMAGE_MARK.strip()
+
+
+def _options(question: base.Question) -> dict[str, str]:
+  return dict(zip(OPTIONS, question.extra['choices'], strict=False))
+
+
+def _lmms(question: base.Question) -> str:
+  """lmms-eval's `sqa_doc_to_text`."""
+  hint = question.extra.get('hint')
+  context = f'Context: {hint}\n' if hint else ''
+  text = context + question.extra['question']
+  return prompts.choices_llava(text, _options(question))
+
+
+PROMPTS: prompts.Prompts = {
+    'lmms': _lmms,
+    'vlmevalkit': lambda q: prompts.choices_vlmevalkit(
+        q.extra['question'], _options(q), q.extra.get('hint')
+    ),
+}
 
 
 def load(
@@ -69,7 +89,7 @@ def _read_conversations(
   for number, row in enumerate(base.read_json(path)):
     try:
       text = row['conversations'][0]['value'].replace(_MARK, '').strip()
-      asked[row['id']] = row.get('image'), text + _SUFFIX
+      asked[row['id']] = row.get('image'), f'{text}\n{prompts.LETTER}'
     except (KeyError, IndexError, TypeError) as e:
       raise base.EvalError(
           f'{path}, item {number}: expected {{"id", "conversations": [{{"from",'
@@ -165,30 +185,23 @@ def score(
   """Accuracies in [0, 1] over all problems and over those with an image.
 
   Returns:
-    `{accuracy, accuracy_img, correct, count, correct_img, count_img, missing,
-    failed}`: `missing` have no answer, `failed` one without a letter.
+    `{accuracy, accuracy_img, correct, count, correct_img, count_img, failed}`:
+    `failed` answers have no letter.
 
   Raises:
-    EvalError: no problem is answered, so the files do not belong together.
+    EvalError: the answers are not those of exactly these problems.
   """
   ((key, group),) = questions.items()
+  # By id alone: an answers file of the original has the prompt without the
+  # last line where its runner was told so.
+  base.check_complete(group, [a._replace(prompt='') for a in answers[key]])
   problems = {question.question_id: question.extra for question in group}
   found = {answer.question_id: _as_asked(answer) for answer in answers[key]}
-  missing = [name for name in problems if name not in found]
-  if len(missing) == len(problems):
-    raise base.EvalError(
-        f'None of the {len(problems)} problems is answered; the answers are of'
-        f' {base.listed([*found])}.'
-    )
   output, result = grade(problems, found)
   failed = [
       text for text in result['outputs'].values() if parse(text) == FAILED
   ]
-  return {
-      **rates(output),
-      'missing': len(missing),
-      'failed': len(failed) - len(missing),
-  }
+  return {**rates(output), 'failed': len(failed)}
 
 
 def rates(output: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:

@@ -1,13 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
 """`scores.json`: model -> control -> benchmark -> scores, and its tables."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import json
 import os
 import pathlib
 from typing import Any
 
 from moellava_jax.evals import base
+
+_WIDEST = 200
+
+
+def read(
+    path: str | os.PathLike[str],
+) -> dict[str, dict[str, dict[str, Any]]]:
+  """Model -> control -> benchmark -> entry.
+
+  Raises:
+    EvalError: no such file, or it is no scores.json.
+  """
+  scores = base.read_json(path)
+  inner = [scores]
+  for _ in range(3):
+    if not all(isinstance(node, dict) for node in inner):
+      raise base.EvalError(
+          f'{path}: expected model -> control -> benchmark; remove the file or'
+          ' write to another directory.'
+      )
+    inner = [value for node in inner for value in node.values()]
+  return scores
 
 
 def merge(
@@ -23,23 +45,9 @@ def merge(
     EvalError: the file there is no scores.json.
   """
   path = pathlib.Path(path)
-  scores: Any = {}
-  if path.exists():
-    try:
-      scores = json.loads(path.read_text(encoding='utf-8'))
-    except ValueError as e:
-      raise base.EvalError(f'{path}: not valid JSON ({e}).') from e
-  node = scores
-  for key in (model, control):
-    if not isinstance(node, dict):
-      break
-    node = node.setdefault(key, {})
-  if not isinstance(node, dict):
-    raise base.EvalError(
-        f'{path}: expected model -> control -> benchmark; remove the file or'
-        ' write to another directory.'
-    )
-  node[benchmark] = dict(entry)
+  scores = read(path) if path.exists() else {}
+  by_control = scores.setdefault(model, {})
+  by_control.setdefault(control, {})[benchmark] = dict(entry)
   path.parent.mkdir(parents=True, exist_ok=True)
   new = path.with_name(f'{path.name}.{os.getpid()}.tmp')
   new.write_text(json.dumps(scores, indent=1) + '\n', encoding='utf-8')
@@ -54,6 +62,28 @@ def show(title: str, entry: Mapping[str, Any]) -> None:
   out = console.Console(highlight=False, soft_wrap=True)
   out.print(f'\n{title}', style='bold', markup=False)
   _show_group(out, '', entry)
+
+
+def print_table(
+    title: str,
+    columns: Sequence[str],
+    published: Mapping[str, Sequence[str]],
+    own: Mapping[str, Sequence[str]],
+) -> None:
+  """Prints published rows and, below them in bold, own rows."""
+  from rich import console, table
+
+  grid = table.Table(
+      *columns, title=title, title_justify='left', box=None, pad_edge=False
+  )
+  for column in grid.columns[1:]:
+    column.justify = 'right'
+  for name, cells in published.items():
+    grid.add_row(name, *cells)
+  for name, cells in own.items():
+    grid.add_row(name, *cells, style='bold')
+  # As wide as it is, also where the terminal is not.
+  console.Console(highlight=False, width=_WIDEST).print(grid)
 
 
 def _show_group(out: Any, name: str, group: Mapping[str, Any]) -> None:

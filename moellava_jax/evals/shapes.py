@@ -11,11 +11,12 @@ import pathlib
 import statistics
 from typing import Any
 
-from moellava_jax.evals import base, pope
+from moellava_jax.evals import base, pope, prompts
 
 MAX_NEW_TOKENS = 8  # The longest answer is two words.
 CATEGORIES = ('count', 'color', 'position')
 FILES = ('pope', 'exact')
+PROMPTS: prompts.Prompts = {}  # Asked as trained.
 
 
 def load(

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Answers as VQA challenges compare them: no case, no articles, digits.
 
-What `EvalAIAnswerProcessor` of LLaVA's `m4c_evaluator.py` (from MMF, after the
-official VQA evaluation) does to an answer, with its peculiarities; TextVQA,
-VQAv2 and VizWiz use it.
+`normalize` is what `EvalAIAnswerProcessor` of LLaVA's `m4c_evaluator.py` (from
+MMF, after the official VQA evaluation) does to an answer, with its
+peculiarities; TextVQA and the submissions of VQAv2 and VizWiz use it.
+`official` is what the VQA evaluation itself does (`vqaEval.py` of
+https://github.com/GT-Vision-Lab/VQA).
 """
 
+from collections.abc import Sequence
 import re
 
 # A mark beside a space anywhere vanishes everywhere; else it becomes a space.
@@ -16,6 +19,7 @@ _MARKS = ';/[]"{}()=+\\_-><@`!'
 _FULL_STOP = re.compile(r'\.(?!\d)')
 # ... and a flag is passed in place of the number of replacements.
 _MOST_FULL_STOPS = 32
+_DIGITS = re.compile(r'\d,\d')
 
 _ARTICLES = ('a', 'an', 'the')
 _NUMBERS = {
@@ -64,12 +68,50 @@ def normalize(text: str) -> str:
   """Returns what an exact match compares of an answer."""
   text = text.lower().replace(',', '').replace('?', '').replace("'s", " 's")
   text = text.strip().replace('\n', ' ').replace('\t', ' ').strip()
-  spaced = text
-  for mark in _MARKS:
-    beside_space = f'{mark} ' in spaced or f' {mark}' in spaced
-    text = text.replace(mark, '' if beside_space else ' ')
-  text = _FULL_STOP.sub('', text, count=_MOST_FULL_STOPS)
-  words = [_NUMBERS.get(word, word) for word in text.split()]
+  return _words(_punctuation(text, _MARKS))
+
+
+def official(text: str) -> str:
+  """Returns what the VQA evaluation compares where people disagree.
+
+  A comma between digits anywhere takes all marks away; else a comma or a
+  question mark is treated as the other marks are.
+  """
+  return _words(_punctuation(text, f'{_MARKS},?'))
+
+
+def _punctuation(text: str, marks: str) -> str:
+  before = text
+  bare = _DIGITS.search(before) is not None
+  for mark in marks:
+    beside_space = f'{mark} ' in before or f' {mark}' in before
+    text = text.replace(mark, '' if bare or beside_space else ' ')
+  return _FULL_STOP.sub('', text, count=_MOST_FULL_STOPS)
+
+
+def _words(text: str) -> str:
+  words = [_NUMBERS.get(word, word) for word in text.lower().split()]
   return ' '.join(
       _CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES
   )
+
+
+def vqa_accuracy(text: str, answers: Sequence[str]) -> float:
+  """The VQA accuracy of an answer, given those of ten people.
+
+  The mean over leaving one person out of min(1, how many others said it / 3).
+  Only where people disagree are answers normalised; else letters must match,
+  though not their case.
+  """
+  answers, text = [_one_line(answer) for answer in answers], _one_line(text)
+  if len(set(answers)) > 1:
+    answers, text = [official(answer) for answer in answers], official(text)
+  same = [answer.lower() == text.lower() for answer in answers]
+  total = 0.0
+  for left_out in same:
+    total += min(1.0, (sum(same) - left_out) / 3)
+  return total / len(same)
+
+
+def _one_line(text: str) -> str:
+  return text.replace('\n', ' ').replace('\t', ' ').strip()

@@ -14,9 +14,13 @@ import pathlib
 import re
 from typing import Any
 
-from moellava_jax.evals import base, textnorm
+from moellava_jax.evals import base, prompts, textnorm
 
 MAX_NEW_TOKENS = 128  # As LLaVA's runner.
+PROMPTS: prompts.Prompts = {  # Neither shows the OCR tokens.
+    'lmms': lambda q: f'{q.extra["question"].capitalize()}\n{prompts.SHORT}',
+    'vlmevalkit': lambda q: f'{q.extra["question"]}\n{prompts.SHORT}',
+}
 _ANSWERS = 10
 _OCR = 'Reference OCR token: '
 

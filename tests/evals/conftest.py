@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """A model that answers from a function, in place of `infer.chat`."""
 
+from http import server
 import json
 import sys
+import threading
 import types
 from typing import Any, NamedTuple
 
+import numpy as np
 from PIL import Image
 import pytest
 
@@ -23,6 +26,8 @@ class FakeChat:
   def __init__(self, name, digest):
     self.name = name
     self.digest = digest
+    self.params = {'llm': {'norm': np.zeros(5)}}
+    self.model = types.SimpleNamespace(cfg=types.SimpleNamespace(moe=None))
     self.reply = lambda request: 'Yes'
     self.dies_at = None
     self.calls = []
@@ -101,3 +106,58 @@ def questions():
       }
       for i, name in enumerate('abcde')
   ]
+
+
+class JudgeServer:
+  """A chat completions endpoint on this machine.
+
+  `reply(body, n)` gives the text of the n-th request, or (status, headers).
+  """
+
+  def __init__(self):
+    self.reply = lambda body, n: 'ok'
+    self.bodies = []
+    self.keys = []
+    self._lock = threading.Lock()
+    outer = self
+
+    class Handler(server.BaseHTTPRequestHandler):
+
+      def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers['Content-Length'])))
+        with outer._lock:
+          number = len(outer.bodies)
+          outer.bodies.append(body)
+          outer.keys.append(self.headers.get('Authorization'))
+        found = outer.reply(body, number)
+        status, headers = found if isinstance(found, tuple) else (200, {})
+        message = {'role': 'assistant', 'content': found}
+        answer = {'model': 'exact-name', 'choices': [{'message': message}]}
+        data = json.dumps(answer if status == 200 else {'error': 'busy'})
+        assert self.path == '/v1/chat/completions'
+        self.send_response(status)
+        for name, value in headers.items():
+          self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(data.encode())
+
+      def log_message(self, format, *args):
+        del format, args
+
+    self._server = server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
+    self.url = f'http://127.0.0.1:{self._server.server_port}/v1'
+    self._thread = threading.Thread(target=self._server.serve_forever)
+    self._thread.start()
+
+  def close(self):
+    self._server.shutdown()
+    self._server.server_close()
+    self._thread.join()
+
+
+@pytest.fixture
+def judge_server():
+  """A `JudgeServer` for the time of a test."""
+  found = JudgeServer()
+  yield found
+  found.close()

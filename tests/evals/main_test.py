@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from moellava_jax.evals import base, main
+from moellava_jax.evals import base, run
 
 ROOT = pathlib.Path(__file__).parents[2]
 GOLDENS = ROOT / 'tests' / 'goldens' / 'eval' / 'pope'
@@ -37,16 +37,25 @@ def options(tmp_path, questions, images, write_jsonl):
         'questions': str(tmp_path / 'q.jsonl'),
         'model': [str(model) for model in models],
         'control': ['none'],
+        'protocol': 'llava',
         'answers': [],
         'images': images,
         'annotations': None,
         'out': str(tmp_path / 'out'),
+        'submission': None,
+        'judge_url': None,
+        'judge_model': None,
+        'judge_key': 'NO_KEY',
+        'judge_prices': [],
+        'yes': False,
+        'scores': [],
+        'server_score': [],
         'batch_size': 64,
         'max_new_tokens': None,
         'temperature': 0.0,
         'cpu_devices': 1,
     }
-    return main.Options(**{**fields, **changes})
+    return run.Options(**{**fields, **changes})
 
   write_jsonl('q.jsonl', questions)
   return make
@@ -76,7 +85,7 @@ def test_models_and_controls_are_all_scored(chats, options, tmp_path):
   moe.reply = (
       lambda request: 'Yes' if isinstance(request.images[0], str) else 'No'
   )
-  main.evaluate(options(control=['none', 'blank_image']))
+  run.evaluate(options(control=['none', 'blank_image']))
   assert {path.name for path in (tmp_path / 'out').iterdir()} == {
       'finetune.q.jsonl',
       'finetune.blank_image.q.jsonl',
@@ -101,11 +110,11 @@ def test_models_and_controls_are_all_scored(chats, options, tmp_path):
 def test_benchmarks_and_runs_share_one_scores_file(
     chats, options, questions, write_jsonl, tmp_path
 ):
-  main.evaluate(options())
+  run.evaluate(options())
   before = _scores(tmp_path)
   folder = _write_shapes(write_jsonl, questions)
   shapes = {'benchmark': 'shapes', 'questions': folder}
-  main.evaluate(options(**shapes, model=[options().model[1]]))
+  run.evaluate(options(**shapes, model=[options().model[1]]))
   scores = _scores(tmp_path)
   assert scores['finetune'] == before['finetune']
   assert scores['moe']['none']['pope'] == before['moe']['none']['pope']
@@ -118,9 +127,10 @@ def test_benchmarks_and_runs_share_one_scores_file(
   files = [
       str(tmp_path / 'out' / f'moe.{key}.jsonl') for key in ('exact', 'pope')
   ]
-  main.evaluate(options(**shapes, model=[], answers=files, out=str(tmp_path)))
+  run.evaluate(options(**shapes, model=[], answers=files, out=str(tmp_path)))
   again = json.loads((tmp_path / 'scores.json').read_text())
   expected = {**scores['moe']['none']['shapes'], 'model': None}
+  del expected['activated_parameters']  # What answers do not tell.
   assert again == {'moe': {'none': {'shapes': expected}}}
 
 
@@ -128,8 +138,8 @@ def test_benchmarks_and_runs_share_one_scores_file(
     'changes, message',
     [
         (
-            {'benchmark': 'mmbench'},
-            "No benchmark 'mmbench'; there are gqa, pope, sc",
+            {'benchmark': 'mmbenc'},
+            "No benchmark 'mmbenc'; there are ai2d, chartqa, gqa, llava_bench,",
         ),
         ({'questions': 'gone.jsonl'}, 'gone.jsonl: no such file'),
         ({'images': None}, 'give their root as --images'),
@@ -146,16 +156,17 @@ def test_a_mistake_is_found_before_a_model_is_loaded(
     chats, options, changes, message
 ):
   with pytest.raises(base.EvalError, match=message):
-    main.evaluate(options(**changes))
+    run.evaluate(options(**changes))
   assert not chats.loaded
 
 
 def test_answers_keep_their_control_when_only_scored(chats, options, tmp_path):
-  main.evaluate(options(control=['shuffled_image']))
+  run.evaluate(options(control=['shuffled_image']))
   answers = [str(tmp_path / 'out' / 'moe.shuffled_image.q.jsonl')]
-  main.evaluate(options(model=[], answers=answers, out=str(tmp_path)))
+  run.evaluate(options(model=[], answers=answers, out=str(tmp_path)))
   again = json.loads((tmp_path / 'scores.json').read_text())
   expected = _scores(tmp_path)['moe']['shuffled_image']['pope']
+  del expected['activated_parameters']
   assert again == {
       'moe': {'shuffled_image': {'pope': {**expected, 'model': None}}}
   }
@@ -167,7 +178,7 @@ def test_two_models_of_one_name_do_not_overwrite_each_other(
   (tmp_path / 'other' / 'moe').mkdir(parents=True)
   models = [options().model[1], str(tmp_path / 'other' / 'moe') + '/']
   with pytest.raises(base.EvalError, match="both be called 'moe'"):
-    main.evaluate(options(model=models))
+    run.evaluate(options(model=models))
   assert not chats.loaded
 
 
@@ -177,7 +188,7 @@ def test_a_model_that_does_not_load_is_named(chats, options, monkeypatch):
 
   monkeypatch.setattr('moellava_jax.infer.chat.load', load)
   with pytest.raises(base.EvalError, match=r'--model=.*/finetune: no finished'):
-    main.evaluate(options())
+    run.evaluate(options())
 
 
 def test_answers_of_several_models_are_not_mixed(
@@ -195,13 +206,13 @@ def test_answers_of_several_models_are_not_mixed(
       ],
   )
   with pytest.raises(base.EvalError, match='several models or controls: 2'):
-    main.evaluate(options(model=[], answers=[answers]))
+    run.evaluate(options(model=[], answers=[answers]))
 
 
 def test_shapes_is_scored_from_both_files(options, questions, write_jsonl):
   folder = _write_shapes(write_jsonl, questions)
   with pytest.raises(base.EvalError, match='2 times --answers'):
-    main.evaluate(
+    run.evaluate(
         options(
             benchmark='shapes', questions=folder, model=[], answers=['a.jsonl']
         )
@@ -212,7 +223,7 @@ def test_scores_of_something_else_are_left_alone(chats, options, tmp_path):
   (tmp_path / 'out').mkdir()
   (tmp_path / 'out' / 'scores.json').write_text('[1]')
   with pytest.raises(base.EvalError, match='expected model -> control'):
-    main.evaluate(options())
+    run.evaluate(options())
   assert (tmp_path / 'out' / 'scores.json').read_text() == '[1]'
 
 

@@ -104,8 +104,8 @@ def test_scores_are_those_of_the_script(files):
   rows = [
       _answer('7', 'B', '<image>\nWhich?'),  # Right.
       _answer('3', 'It is A.', '<image>\nWhich?'),  # Not understood.
-      _answer('9', 'A. x'),  # Right; 5 is missing.
-      _answer('1', 'A'),  # Not of this split.
+      _answer('9', 'A. x'),  # Right.
+      _answer('5', 'E'),  # Not among its choices.
   ]
   assert scienceqa.score(_load(files), {'llava_test_CQM-A': rows}) == {
       'accuracy': 0.5,
@@ -114,7 +114,6 @@ def test_scores_are_those_of_the_script(files):
       'count': 4,
       'correct_img': 1,
       'count_img': 2,
-      'missing': 1,
       'failed': 1,
   }
 
@@ -150,11 +149,11 @@ def test_what_the_script_writes(files):
 def test_our_own_answers_say_in_the_metadata_what_was_shown(files):
   rows = [
       _answer('7', 'A', metadata={'image': '7/image.png'}),
-      _answer('9', 'A', metadata={'image': None}),
+      *(_answer(key, 'A', metadata={'image': None}) for key in ('9', '3', '5')),
   ]
   scores = scienceqa.score(_load(files), {'llava_test_CQM-A': rows})
   assert (scores['correct_img'], scores['count_img']) == (0, 1)
-  assert scores['correct'] == 1
+  assert scores['correct'] == 2
 
 
 def test_without_images_their_accuracy_is_zero(files):
@@ -163,9 +162,15 @@ def test_without_images_their_accuracy_is_zero(files):
   assert (scores['accuracy'], scores['accuracy_img']) == (0.5, 0.0)
 
 
-def test_answers_of_another_benchmark_are_an_error(files):
-  with pytest.raises(base.EvalError, match=r"None of the 4 .* of 1 \('1'\)"):
-    scienceqa.score(_load(files), {'llava_test_CQM-A': [_answer('1', 'A')]})
+def test_no_score_for_a_partial_doubled_or_foreign_set(files):
+  rows = [_answer(key, 'A') for key in TEST]
+  for bad, message in [
+      (rows[1:], r"missing: 1 \('9'\)"),
+      ([*rows, rows[0]], r"answered more than once: 1 \('9'\)"),
+      ([*rows, _answer('1', 'A')], r"not in the question file: 1 \('1'\)"),
+  ]:
+    with pytest.raises(base.EvalError, match=message):
+      scienceqa.score(_load(files), {'llava_test_CQM-A': bad})
 
 
 @pytest.mark.parametrize(
