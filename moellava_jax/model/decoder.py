@@ -234,9 +234,7 @@ class Decoder(nn.Module):
       )
 
       def run(params, x_BTD, keys):
-        out: Any = module.apply(
-            {'params': params}, x_BTD, *context, None, keys
-        )
+        out: Any = module.apply({'params': params}, x_BTD, *context, None, keys)
         return out[:2]
 
       if self.remat == 'none' or not train:

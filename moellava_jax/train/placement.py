@@ -37,6 +37,7 @@ def mesh_for(
   `expert`: 4, 2 or 1, the largest that divides the experts and the devices of a
   slice or node; 1 where the model is dense. `fsdp`: the smallest that leaves
   1 - `STATE_SHARE` of the memory free, 1 where the memory is not known (CPU).
+  If no `fsdp` does, a smaller `expert` leaves more devices to it.
 
   Args:
     cfg: the run.
