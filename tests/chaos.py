@@ -254,7 +254,7 @@ def strike(args, run: pathlib.Path, moments: Moments, number: int) -> str:
   Raises:
     Failure: it ended by itself with an error, or does not heed SIGTERM.
   """
-  terms = number % 5 == 4
+  terms = number % 5 == 2
   kinds = (moments.save, moments.step, moments.starting)
   kind = kinds[number % 3] if not terms else moments.step
   with Attempt(args, run) as attempt:

@@ -198,8 +198,8 @@ def test_a_damaged_newest_step_is_an_error_that_says_what_to_delete(
 def test_what_a_kill_leaves_is_no_step_and_goes_away(tmp_path):
   _saved(tmp_path, [1])
   folder = tmp_path / 'finetune'
-  shutil.copytree(folder / '1', folder / '2.orbax-checkpoint-tmp')
-  _truncate(folder / '2.orbax-checkpoint-tmp')
+  shutil.copytree(folder / '1', folder / '3.orbax-checkpoint-tmp')
+  _truncate(folder / '3.orbax-checkpoint-tmp')
   found = checkpoint.latest_meta(str(tmp_path), 'finetune')
   assert found is not None and found[0].endswith('/1')
   assert str(checkpoint.find(str(folder))).endswith('/1')
