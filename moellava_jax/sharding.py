@@ -239,19 +239,10 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def rows_of_process(mesh: Mesh, batch_size: int) -> np.ndarray:
   """The rows of a global batch that the devices of this process hold."""
   places = of_batch(mesh).addressable_devices_indices_map((batch_size,))
-<<<<<<< ours
-  held = {
-      row
-      for index in places.values()
-      if index is not None
-      for row in _range(index[0], batch_size)
-  }
-=======
   held: set[int] = set()
   for index in places.values():
     assert index is not None  # As it would be for another process's device.
     held.update(_range(index[0], batch_size))
->>>>>>> theirs
   return np.array(sorted(held))
 
 

@@ -17,7 +17,12 @@ from tests import tiny
 
 def _mesh(**sizes):
   base = dict(
-      data=1, fsdp=1, expert=1, tensor=1, cpu_devices=1, print_table=False,
+      data=1,
+      fsdp=1,
+      expert=1,
+      tensor=1,
+      cpu_devices=1,
+      print_table=False,
       optimizer_memory='device',
   )
   return sharding.make_mesh(config.MeshConfig(**{**base, **sizes}))

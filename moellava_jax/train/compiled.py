@@ -5,16 +5,17 @@ Nothing is materialised to compile; `measure` runs it once, to compare.
 """
 
 import collections
+import ctypes
 import re
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from moellava_jax import config, sharding
 from moellava_jax.data import batch as batch_lib
-from moellava_jax.train import init, memory, placement, program, topology
+from moellava_jax.train import init, placement, program, residuals, topology
 
 # "-done" belongs to a "-start"; the CPU's have tuple types.
 _COLLECTIVE = re.compile(
@@ -75,7 +76,7 @@ class Step:
       self._program = program.Program(cfg, stage, self._mesh, 1)
       trained, frozen = self._program.split(self._program.abstract_params())
       state = self._program.abstract_state(trained)
-      batch = memory.abstract_batch(
+      batch = residuals.abstract_batch(
           cfg, stage, rows, sharding.of_batch(self._mesh)
       )
       lowered = self._program.train_step(state, frozen).lower(
@@ -113,26 +114,29 @@ class Step:
     """
     first = self._target.devices[0]
     with topology.use(self._mesh, self._target):
-      shared = first.platform == 'cpu'
-      before = _resident('VmRSS') if shared else 0
-      params = init.fresh(
-          self._program.model, 0, self._mesh, self._program.probe_sizes
-      )
-      trained, frozen = self._program.split(params)
-      state = self._program.init_state(trained)
-      del params, trained  # The step overwrites what `state` holds.
-      rows = self._cfg.stage(self._stage).batch_size
-      share = sharding.rows_of_process(self._mesh, rows)
-      batch = jax.tree.map(lambda x: x[share], self._random_batch())
-      batch = sharding.put_batch(batch, self._mesh)
-      jax.block_until_ready((state, frozen, batch))
-      if shared:
-        _forget_peak()
-      jax.block_until_ready(self._step(state, frozen, batch))
-    if shared:
-      grown = _resident('VmHWM') - before
-      return grown // len(self._target.devices)
-    return first.memory_stats()['peak_bytes_in_use']
+      if first.platform != 'cpu':
+        jax.block_until_ready(self._step(*self._arguments()))
+        return first.memory_stats()['peak_bytes_in_use']
+      # Before, once for what happens once: compiling, loading of libraries.
+      jax.block_until_ready(self._step(*self._arguments()))
+      before = _resident('VmRSS')
+      arguments = self._arguments()
+      _forget_peak()
+      jax.block_until_ready(self._step(*arguments))
+      return (_resident('VmHWM') - before) // len(self._target.devices)
+
+  def _arguments(self) -> tuple[Any, Any, batch_lib.Batch]:
+    """Random (state, frozen, batch)."""
+    params = init.fresh(
+        self._program.model, 0, self._mesh, self._program.probe_sizes
+    )
+    trained, frozen = self._program.split(params)
+    state = self._program.init_state(trained)
+    rows = self._cfg.stage(self._stage).batch_size
+    share = sharding.rows_of_process(self._mesh, rows)
+    batch = jax.tree.map(lambda x: x[share], self._random_batch())
+    batch = sharding.put_batch(batch, self._mesh)
+    return jax.block_until_ready((state, frozen, batch))
 
   def _random_batch(self) -> batch_lib.Batch:
     """Rows that begin with their images; the rest is text, all supervised."""
@@ -140,7 +144,7 @@ class Step:
     rows = cfg.stage(self._stage).batch_size
     empty = jax.tree.map(
         lambda x: np.zeros(x.shape, x.dtype),
-        memory.abstract_batch(cfg, self._stage, rows),
+        residuals.abstract_batch(cfg, self._stage, rows),
     )
     shape = empty.tokens_BT.shape
     tokens_BT = rng.integers(1, cfg.model.llm.vocab_size, shape, np.int32)
@@ -165,7 +169,11 @@ def _first_lines(text: str) -> str:
 
 
 def _resident(field: str) -> int:
-  """Bytes of resident memory of this process: now (VmRSS) or peak (VmHWM)."""
+  """Bytes of resident memory of this process: now (VmRSS) or peak (VmHWM).
+
+  What was freed is given back first (Linux; malloc_trim(3)).
+  """
+  ctypes.CDLL(None).malloc_trim(0)
   with open('/proc/self/status', encoding='ascii') as file:
     for line in file:
       if line.startswith(field + ':'):

@@ -65,9 +65,7 @@ def of_step(cfg: config.TrainConfig, stage: str, params: Any) -> StepFlops:
     return any(on and re.match(pattern, p) for p, on in trained.items())
 
   section, model = cfg.stage(stage), cfg.stage_model(stage)
-  assert section.row_length is not None
   images = section.batch_size * section.max_images
-  tokens = section.batch_size * section.row_length
   parts = {'tower': _tower(model.vision, images, trains('vision/'))}
   if stage == 'warmup':  # Rows of text; the images go to the probe alone.
     classes = sum(size for _, size in shapes.ATTRIBUTES)
@@ -77,49 +75,83 @@ def of_step(cfg: config.TrainConfig, stage: str, params: Any) -> StepFlops:
     )
   else:
     parts['projector'] = _projector(model, images, trains('projector/'))
-  llm = model.llm
-  sparse = () if model.moe is None else model.moe.layer_ids(llm.depth)
-  dense = llm.depth - len(sparse)
-  heads = llm.num_heads * llm.head_dim
-  linear = 2.0 * llm.width * (2 * heads + 2 * llm.num_kv_heads * llm.head_dim)
-  scores = 4.0 * tokens * section.row_length * heads
-  # In every stage something trained precedes the first layer.
-  parts['attention'] = _product(
-      llm.depth * tokens * linear, trains('llm/.*/attn/'), True
-  )
-  parts['attention scores'] = _product(llm.depth * scores, True, True)
-  ffn = 2.0 * (3 if llm.mlp == 'swiglu' else 2) * llm.width * llm.mlp_width
+  trains_attention = trains('llm/.*/attn/')
   trains_ffn = trains('llm/.*/(mlp|moe)/')
-  parts['dense FFNs'] = _product(dense * tokens * ffn, trains_ffn, True)
-  parts['head'] = _product(
-      2.0 * tokens * llm.width * llm.vocab_size,
-      trains('llm/embedding' if llm.tied_head else 'llm/head'),
-      True,
-  )
-  capacity = dispatch = 0.0
-  again = parts['attention'].forward + parts['attention scores'].forward
-  again += parts['dense FFNs'].forward
-  if model.moe is not None:
-    moe, count = model.moe, len(sparse)
-    wanted = float(tokens * moe.top_k)
-    if moe.use_residual:
-      wanted += tokens
-    parts['experts'] = _product(count * wanted * ffn, trains_ffn, True)
-    gate = moe.num_experts + (2 if moe.use_residual else 0)
-    parts['routers'] = _product(
-        count * 2.0 * tokens * llm.width * gate, trains_ffn, True
-    )
-    slots, carried = _slots(moe, section)
-    extra = count * (slots - tokens * moe.top_k) * ffn
-    capacity = extra * (3 if trains_ffn else 2)
-    # Forward into slots and back; backward their inputs and the weights.
-    carried *= 2.0 * llm.width * count
-    dispatch = 5 * carried
-    again += parts['experts'].forward + parts['routers'].forward
-    again += extra + 2 * carried
+  trains_head = trains('llm/embedding' if model.llm.tied_head else 'llm/head')
+  llm = _Decoder(model, section)
+  # In every stage something trained precedes the first layer.
+  for name, forward, weight in (
+      ('attention', llm.projections, trains_attention),
+      ('attention scores', llm.scores, True),
+      ('dense FFNs', llm.dense, trains_ffn),
+      ('head', llm.head, trains_head),
+      ('experts', llm.experts, trains_ffn),
+      ('routers', llm.routers, trains_ffn),
+  ):
+    if forward:
+      parts[name] = _product(forward, weight, True)
+  recompute = 0.0
+  if model.remat == 'full':
+    recompute = llm.again(trains_attention)
   return StepFlops(
-      parts, capacity, dispatch, again if model.remat == 'full' else 0.0
+      parts,
+      capacity=llm.empty * (3 if trains_ffn else 2),
+      # Into slots and back; backward their inputs and the weights.
+      dispatch=5 * llm.carried,
+      recompute=recompute,
   )
+
+
+class _Decoder:
+  """Forward operations of the decoder, of all tokens of a step.
+
+  Attributes:
+    projections: of queries, keys, values and outputs.
+    scores: of all pairs of positions, and the sums of values.
+    dense, experts, routers: of the FFNs of each kind.
+    empty: of slots beyond k a token.
+    carried: of one of the two products of dispatch.
+  """
+
+  def __init__(self, model: config.ModelConfig, section: config.StageConfig):
+    llm, moe, length = model.llm, model.moe, section.row_length
+    assert length is not None
+    tokens = section.batch_size * length
+    heads = llm.num_heads * llm.head_dim
+    self._model = model
+    self._output = llm.depth * 2.0 * tokens * llm.width * heads
+    keys = 2.0 * tokens * llm.width * llm.num_kv_heads * llm.head_dim
+    self.projections = 2 * self._output + 2 * llm.depth * keys
+    self.scores = llm.depth * 4.0 * tokens * length * heads
+    self.head = 2.0 * tokens * llm.width * llm.vocab_size
+    self._products = 3 if llm.mlp == 'swiglu' else 2
+    ffn = 2.0 * self._products * llm.width * llm.mlp_width
+    sparse = 0 if moe is None else len(moe.layer_ids(llm.depth))
+    self.dense = (llm.depth - sparse) * tokens * ffn
+    self.experts = self.routers = self.empty = self.carried = 0.0
+    if moe is not None:
+      wanted = tokens * (moe.top_k + moe.use_residual)
+      self.experts = sparse * wanted * ffn
+      gate = moe.num_experts + 2 * moe.use_residual
+      self.routers = sparse * 2.0 * tokens * llm.width * gate
+      slots, pairs = _slots(moe, section)
+      self.empty = sparse * (slots - tokens * moe.top_k) * ffn
+      self.carried = sparse * pairs * 2.0 * llm.width
+
+  def again(self, trains_attention: bool) -> float:
+    """What full rematerialisation computes a second time.
+
+    Not the last product of a layer: no gradient needs its result. In a parallel
+    block that is true of attention as well.
+    """
+    again = self.projections + self.scores + self.routers
+    if self._model.llm.parallel_block:
+      again -= self._output
+      if not trains_attention:  # Nor is its input needed, the sum of values.
+        again -= self.scores / 2
+    again += self.dense * (self._products - 1) / self._products
+    # The weights of slots have a gradient, for which experts' results count.
+    return again + self.experts + self.empty + self.carried
 
 
 def _product(forward: float, weight: bool, inputs: bool) -> Part:

@@ -22,8 +22,13 @@ FAST = {'xla_backend_optimization_level': 0}
 def _mesh():
   return sharding.make_mesh(
       config.MeshConfig(
-          data=2, fsdp=1, expert=4, tensor=1, cpu_devices=1, print_table=False,
-      optimizer_memory='device',
+          data=2,
+          fsdp=1,
+          expert=4,
+          tensor=1,
+          cpu_devices=1,
+          print_table=False,
+          optimizer_memory='device',
       )
   )
 

@@ -200,6 +200,7 @@ def test_all_to_all_is_not_repeated_if_its_results_are_kept(remat, expected):
           expert=4,
           tensor=1,
           cpu_devices=8,
+          print_table=False,
           optimizer_memory='device',
       )
   )

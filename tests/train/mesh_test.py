@@ -34,7 +34,9 @@ FAST = {'xla_backend_optimization_level': 0}
 
 def _mesh(name):
   sizes = dict(data=1, fsdp=1, expert=1, tensor=1) | MESHES[name]
-  cfg = config.MeshConfig(**sizes, cpu_devices=1, print_table=False, optimizer_memory='device')
+  cfg = config.MeshConfig(
+      **sizes, cpu_devices=1, print_table=False, optimizer_memory='device'
+  )
   return sharding.make_mesh(cfg, jax.devices()[: 1 if name == '1' else 8])
 
 

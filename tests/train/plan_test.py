@@ -21,6 +21,7 @@ from moellava_jax.train import (
     memory,
     program,
     report,
+    residuals,
     topology,
 )
 from tests import tiny
@@ -65,22 +66,20 @@ def test_flops_agree_with_xla(stage):
   assert _flops(cfg, stage).total == pytest.approx(found.flops, rel=0.1)
 
 
-def test_rematerialisation_counts_the_layers_forward_once_more():
-  cfg = _config(model__remat='full')
-  found = _flops(cfg, 'moe')
-  layers = sum(
-      found.parts[name].forward
-      for name in (
-          'attention',
-          'attention scores',
-          'dense FFNs',
-          'experts',
-          'routers',
-      )
+def test_rematerialisation_repeats_what_gradients_need():
+  # The last product of a layer: of the dense FFN half, of dispatch half.
+  found = _flops(_config(model__remat='full'), 'moe')
+  forward = {name: part.forward for name, part in found.parts.items()}
+  expected = (
+      forward['attention']
+      + forward['attention scores']
+      + forward['dense FFNs'] / 2
+      + forward['experts']
+      + forward['routers']
+      + found.capacity / 3
+      + found.dispatch / 5
   )
-  # Slots beyond two a token and dispatch are a third and two fifths forward.
-  again = layers + found.capacity / 3 + found.dispatch * 2 / 5
-  assert found.recompute == pytest.approx(again)
+  assert found.recompute == pytest.approx(expected)
   assert _flops(_config(), 'moe').recompute == 0
 
 
@@ -122,7 +121,7 @@ def test_state_is_what_lies_on_each_device(sizes):
 def test_compiled_arguments_are_the_state_and_the_batch():
   cfg = _config(mesh__data=2, mesh__fsdp=4)
   found = compiled.Step(cfg, 'moe', _target(8)).report()
-  batch = memory.abstract_batch(cfg, 'moe', 1)  # A row a device.
+  batch = residuals.abstract_batch(cfg, 'moe', 1)  # A row a device.
   size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(batch))
   expected = memory.of_stage(cfg, 'moe', (2, 4, 1, 1)).state + size
   assert found.arguments == pytest.approx(expected, rel=0.01)
