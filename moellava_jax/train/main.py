@@ -18,8 +18,8 @@ second Ctrl-C ends it at once.
 Exit codes: 0 all stages are finished; 75 stopped by a signal, run the same
 command again to go on; 76 a step did not return (config.watchdog) and the stacks
 of all threads are in RUN/stacks-PROCESS.txt, the same command goes on after the
-last checkpoint; 1 an error that its message explains;
-SIGABRT where another process has died.
+last checkpoint; 1 an error that its message explains; SIGABRT where another
+process has died.
 """
 
 import os
