@@ -135,30 +135,24 @@ def _objective(
   return loss
 
 
-def _keep(tree: Any, kept: Any) -> Any:
+def _keep(tree: Any, shards: Any | None) -> Any:
   """Moves what is kept in host memory there; the rest is left to XLA."""
-  if kept is None:
-    return tree
-  return jax.tree.map(
-      lambda x, where: x
-      if where.memory_kind == 'device'
-      else jax.device_put(x, where),
-      tree,
-      kept,
-  )
+
+  def move(x, where):
+    host = where.memory_kind != 'device'
+    return jax.device_put(x, where) if host else x
+
+  return tree if shards is None else jax.tree.map(move, tree, shards)
 
 
-def _fetch(tree: Any, kept: Any) -> Any:
+def _fetch(tree: Any, shards: Any | None) -> Any:
   """The inverse of `_keep`."""
-  if kept is None:
-    return tree
-  return jax.tree.map(
-      lambda x, where: x
-      if where.memory_kind == 'device'
-      else jax.device_put(x, where.with_memory_kind('device')),
-      tree,
-      kept,
-  )
+
+  def move(x, where):
+    host = where.memory_kind != 'device'
+    return jax.device_put(x, where.with_memory_kind('device')) if host else x
+
+  return tree if shards is None else jax.tree.map(move, tree, shards)
 
 
 def make_train_step(
@@ -179,9 +173,9 @@ def make_train_step(
 
   Gradients are taken of the trained parameters only. They are applied in
   `shards`, the sharding of each (`sharding.zero`; None: as they come), where
-  their sum waits for the next micro-batch, also in host memory; the new
-  parameters are gathered at the end. A step whose loss or
-  gradient is not finite changes nothing but the counters.
+  their sum waits for the next micro-batch, maybe in host memory; the new
+  parameters are gathered at the end. A step whose loss or gradient is not
+  finite changes nothing but the counters.
   """
 
   def scatter(tree):

@@ -13,10 +13,10 @@ import pytest
 
 from moellava_jax import config, sharding, trees
 from moellava_jax.model import llava
-from moellava_jax.train import stacking
+from moellava_jax.train import init, stacking
 from tests import tiny
 
-# Programs that are only looked at.
+# The programs are large, and run once at most.
 _QUICKLY = {'xla_backend_optimization_level': '0'}
 _POLICIES = typing.get_args(typing.get_type_hints(config.ModelConfig)['remat'])
 
@@ -64,7 +64,7 @@ def _objective(cfg, params, data, key):
   return loss + sum(aux.balance_loss for aux in out.moe), out.moe
 
 
-@functools.partial(jax.jit, static_argnames='cfg')
+@functools.partial(jax.jit, static_argnames='cfg', compiler_options=_QUICKLY)
 def _gradient(cfg, params, data, key):
   function = jax.value_and_grad(_objective, argnums=1, has_aux=True)
   return function(cfg, params, data, key)
@@ -180,7 +180,7 @@ def test_what_is_kept_decides_the_memory():
     params = _stack(tiny.params_of(cfg), cfg)
     data = _texts(cfg, rows=8, length=64)
     lowered = _gradient.lower(cfg, params, data, jax.random.key(0))
-    compiled = lowered.compile(_QUICKLY)
+    compiled = lowered.compile()
     temporary[remat] = compiled.memory_analysis().temp_size_in_bytes
   order = ['full', 'dots_no_batch', 'dots', 'none']
   sizes = [temporary[name] for name in order]
@@ -204,14 +204,19 @@ def test_all_to_all_is_not_repeated_if_its_results_are_kept(remat, expected):
           optimizer_memory='device',
       )
   )
-  params = _stack(tiny.params_of(cfg), cfg)
+  model = llava.Llava(cfg)
+  params = jax.tree.map(
+      lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+      init.abstract(model),
+      init.shardings(model, mesh),
+  )
   data = sharding.put_batch(_texts(cfg, rows=8), mesh)
 
   def loss(params, data):
     return _objective(cfg, params, data, jax.random.key(0))[0]
 
   with sharding.use(mesh):
-    lowered = jax.jit(jax.grad(loss)).lower(params, data)
+    lowered = jax.jit(jax.grad(loss)).lower(_stack(params, cfg), data)
     text = lowered.compile(_QUICKLY).as_text()
   # One sparse layer: a period of the loop.
   assert len(re.findall(r'\sall-to-all(?:-start)?\(', text)) == expected
