@@ -230,7 +230,10 @@ def caption_rows(seed: int, name: str, some: list[scenes.Scene]) -> list[Row]:
 
 
 def text_rows(seed: int, some: list[scenes.Scene]) -> list[Row]:
-  """The texts of the warm-up, about other scenes."""
+  """The texts of the warm-up, about other scenes.
+
+  Their template leaves the question out, but a conversation needs one.
+  """
   rows = []
   for i, scene in enumerate(some):
     generator = scenes.rng(seed, 'heldout/text_about', i)
@@ -238,7 +241,7 @@ def text_rows(seed: int, some: list[scenes.Scene]) -> list[Row]:
         {
             'id': f'heldout_text_{i:06d}',
             'conversations': _turns(
-                '', scene_text.text_about(generator, scene)
+                'Say something.', scene_text.text_about(generator, scene)
             ),
         }
     )
