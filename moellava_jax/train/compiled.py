@@ -74,7 +74,9 @@ class Step:
     rows = cfg.stage(stage).batch_size
     with topology.use(self._mesh, target):
       self._program = program.Program(cfg, stage, self._mesh, 1)
-      trained, frozen = self._program.split(self._program.abstract_params())
+      trained, frozen = self._program.stack(
+          self._program.split(self._program.abstract_params())
+      )
       state = self._program.abstract_state(trained)
       batch = residuals.abstract_batch(
           cfg, stage, rows, sharding.of_batch(self._mesh)
@@ -130,7 +132,7 @@ class Step:
     params = init.fresh(
         self._program.model, 0, self._mesh, self._program.probe_sizes
     )
-    trained, frozen = self._program.split(params)
+    trained, frozen = self._program.stack(self._program.split(params))
     state = self._program.init_state(trained)
     rows = self._cfg.stage(self._stage).batch_size
     share = sharding.rows_of_process(self._mesh, rows)

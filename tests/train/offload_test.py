@@ -113,15 +113,13 @@ def test_a_stacked_stage_trains_as_single_layers_do():
 def test_a_step_restores_in_the_other_form(tmp_path, scan):
   """Saved with a loop and restored without one, and the other way round."""
   made, state, _ = _after_two_steps(scan, 'pinned_host' if scan else 'device')
-  folder = checkpoint.Stage(
-      str(tmp_path), 'moe', config.CheckpointConfig(every=1, keep=1)
-  )
-  saved = made.to_save(state)
-  folder.save(1, saved.trained, _beside(saved), {})
-  folder.wait()
-  other, _, mesh = _program(
+  other, cfg, mesh = _program(
       'moe', not scan, 'device' if scan else 'pinned_host'
   )
+  folder = checkpoint.Stage(str(tmp_path), 'moe', cfg.checkpoint)
+  saved = made.to_save(state)
+  folder.save(1, saved.trained, _beside(saved), {'frozen': ''})
+  folder.wait()
   with sharding.use(mesh):
     abstract, _ = other.split(other.abstract_params())
     begun = other.abstract_state(abstract)
