@@ -54,7 +54,7 @@ def test_plan_agrees_with_resident_memory(tmp_path):
   assert plan['xla']['total'] == pytest.approx(measured, rel=0.2)
 
 
-@pytest.mark.slow
+@pytest.mark.large
 def test_plan_agrees_with_resident_memory_of_two_gigabytes(tmp_path):
   plan = _measured(tmp_path, 1792)
   measured = plan['xla']['measured']
