@@ -70,7 +70,7 @@ class Step:
     """
     began = time.monotonic()
     self._cfg, self._stage, self._target = cfg, stage, target
-    self._mesh = placement.mesh_for(cfg, stage, target.devices)
+    self._mesh = placement.mesh_for(cfg, stage, target.devices, target.memory)
     rows = cfg.stage(stage).batch_size
     with topology.use(self._mesh, target):
       self._program = program.Program(cfg, stage, self._mesh, 1)
@@ -112,15 +112,14 @@ class Step:
     """Runs it once on random parameters and data; returns bytes of a device.
 
     On accelerators their own peak; on the CPU, whose devices share it, the
-    growth of the resident memory divided by their number (Linux only).
+    growth of the resident memory divided by their number (Linux only). That
+    counts what the first step loads once: about 0.2 GiB.
     """
     first = self._target.devices[0]
     with topology.use(self._mesh, self._target):
       if first.platform != 'cpu':
         jax.block_until_ready(self._step(*self._arguments()))
         return first.memory_stats()['peak_bytes_in_use']
-      # Before, once for what happens once: compiling, loading of libraries.
-      jax.block_until_ready(self._step(*self._arguments()))
       before = _resident('VmRSS')
       arguments = self._arguments()
       _forget_peak()

@@ -43,15 +43,14 @@ def mesh_for(
     cfg: the run.
     stage: one of its stages.
     given: devices, also simulated or described ones; None: all there are.
-    memory: bytes of a device; None: what they say if `given` is None, else
-      not known.
+    memory: bytes of a device; None: what the devices say.
 
   Raises:
     UserError: sizes that do not fit devices, model or batch.
   """
-  if given is None:
-    given = jax.devices()
-    memory = _memory(given) if memory is None else memory
+  given = jax.devices() if given is None else list(given)
+  if memory is None:
+    memory = _memory(given)
   measure = None
   chosen = None
   for sizes in _candidates(cfg, stage, given):

@@ -86,7 +86,8 @@ def run(cfg: config.TrainConfig) -> list[dict[str, Any]]:
   if _MEASURE.value and name != topology.LOCAL:
     raise config.UserError('--measure needs --topology=local.')
   if name is None:
-    target = topology.simulated(count)
+    memory = chosen[0].memory if len(chosen) == 1 else None
+    target = topology.simulated(count, memory)
   elif topology.check(name) is None:
     target = topology.local()
   else:

@@ -46,7 +46,7 @@ def make(
   """
   section = cfg.stage(stage)
   _check(cfg, stage)
-  mesh = placement.mesh_for(cfg, stage, target.devices)
+  mesh = placement.mesh_for(cfg, stage, target.devices, target.memory)
   sizes = tuple(mesh.shape[axis] for axis in sharding.AXES)
   estimate = memory.of_stage(cfg, stage, sizes)
   runner = program.Program(cfg, stage, memory.abstract_mesh(sizes), 1)

@@ -17,6 +17,7 @@ import jax
 from jax.experimental import topologies
 
 from moellava_jax import config, sharding
+from moellava_jax.train import accelerators
 
 LOCAL = 'local'
 
@@ -32,15 +33,21 @@ class Target(NamedTuple):
     name: what to print.
     devices: JAX devices; those of a described slice can hold no arrays.
     described: whether they are only described.
+    memory: bytes of each, to choose a mesh by; None: what the devices say.
   """
 
   name: str
   devices: list[Any]
   described: bool
+  memory: int | None
 
 
-def simulated(count: int) -> Target:
+def simulated(count: int, memory: int | None) -> Target:
   """`count` devices on the CPU; call before JAX starts.
+
+  Args:
+    count: how many.
+    memory: bytes of each of the accelerators they stand for, if known.
 
   Raises:
     UserError: JAX has started with another count.
@@ -57,13 +64,14 @@ def simulated(count: int) -> Target:
         ' new process, and without --xla_force_host_platform_device_count in'
         ' XLA_FLAGS.'
     )
-  return Target(f'{count} simulated devices', devices[:count], False)
+  return Target(f'{count} simulated devices', devices[:count], False, memory)
 
 
 def local() -> Target:
   """All devices of this machine."""
   devices = jax.devices()
-  return Target(f'{len(devices)} x {devices[0].device_kind}', devices, False)
+  name = f'{len(devices)} x {devices[0].device_kind}'
+  return Target(name, devices, False, None)
 
 
 def check(name: str) -> int | None:
@@ -106,7 +114,9 @@ def described(name: str) -> Target:
     raise config.UserError(
         f'--topology={name}: libtpu refuses it: {str(error).splitlines()[0]}'
     ) from error
-  return Target(f'TPU {name}', list(found.devices), True)
+  # Devices that are not there cannot be asked.
+  memory = accelerators.find(name.split(':')[0]).memory
+  return Target(f'TPU {name}', list(found.devices), True, memory)
 
 
 @contextlib.contextmanager
