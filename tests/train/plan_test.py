@@ -162,7 +162,7 @@ def test_advice_fits_and_the_settings_before_it_do_not():
 
 
 def test_advice_splits_the_state_where_no_batch_is_small_enough():
-  cfg = _config(model__llm__depth=6)
+  cfg = _config(model__llm__depth=12, moe__row_length=16)
   sizes = (8, 1, 1, 1)
   usable = memory.of_stage(cfg, 'moe', (1, 8, 1, 1)).total
   assert usable < memory.of_stage(cfg, 'moe', sizes).state
