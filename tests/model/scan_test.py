@@ -74,6 +74,10 @@ def _assert_close(ours, theirs):
   ours, theirs = trees.flatten(ours), trees.flatten(theirs)
   assert ours.keys() == theirs.keys()
   for path, want in theirs.items():
+    if path.endswith('/k_bias'):
+      # No softmax depends on it: its gradient is what rounding leaves of 0.
+      assert float(jnp.linalg.norm(ours[path])) < 1e-5, path
+      continue
     size = max(float(jnp.linalg.norm(want)), 1e-3)
     error = float(jnp.linalg.norm(ours[path] - want)) / size
     assert error < 1e-6, f'{path}: {error}'
