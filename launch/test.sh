@@ -11,7 +11,8 @@ bash launch/test.sh [--dry-run] [PYTEST ARGUMENTS]
 Runs the tests on the CPU, with 8 simulated devices. Makes .venv in the
 repository on first use, with the versions of requirements-3.X.lock.
 
-  bash launch/test.sh                       everything
+  bash launch/test.sh                       everything but the large tests
+  bash launch/test.sh -m large              these: minutes or gigabytes each
   bash launch/test.sh -m 'not slow'         the quick ones
   bash launch/test.sh tests/model -k router paths are those in the repository
 

@@ -239,6 +239,7 @@ def test_memory_of_1000_rows(tmp_path):
   assert _peak_mb(tmp_path, 1000) < 600
 
 
+@pytest.mark.slow
 @pytest.mark.large
 def test_memory_of_100_000_rows(tmp_path):
   assert _peak_mb(tmp_path, 100_000) < 1000

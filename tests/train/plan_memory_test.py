@@ -50,7 +50,7 @@ def _plan(tmp_path, stage):
   return plan
 
 
-@pytest.mark.large
+@pytest.mark.slow
 def test_plan_agrees_with_resident_memory(tmp_path):
   plan = _plan(tmp_path, 'moe')
   measured = plan['xla']['measured']
