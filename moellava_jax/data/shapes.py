@@ -38,7 +38,7 @@ from moellava_jax import config
 from moellava_jax.data import scene_text, scenes
 
 ATTRIBUTES = scenes.ATTRIBUTES
-FORMAT = 2
+FORMAT = 3
 
 _TURNS = 3  # Questions of a training row.
 _TEXT_ROWS = 0.04  # Rows without an image, for each row with one.
@@ -94,7 +94,7 @@ def _spec(cfg: config.ShapesConfig) -> dict[str, int]:
 
 
 def _is_written(target: pathlib.Path, cfg: config.ShapesConfig) -> bool:
-  """Whether `target` is complete; ValueError if it is something else."""
+  """Whether `target` is complete; UserError if it is something else."""
   if not target.exists() or (target.is_dir() and not any(target.iterdir())):
     return False
   spec = target / 'spec.json'
@@ -102,7 +102,7 @@ def _is_written(target: pathlib.Path, cfg: config.ShapesConfig) -> bool:
   # The version is for the reader: only the format decides.
   if found is not None and {**found, **_spec(cfg)} == found:
     return True
-  raise ValueError(
+  raise config.UserError(
       f'{target} holds {f"Shapes of {found}" if found else "other files"}, but'
       f' Shapes of {_spec(cfg)} are wanted. Remove that folder, or choose'
       ' another one (data.shapes.dir, or --out).'
