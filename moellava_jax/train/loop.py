@@ -3,7 +3,6 @@
 
 import contextlib
 import dataclasses
-import math
 import pathlib
 import time
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ from moellava_jax.train import (
     agree,
     cluster,
     diagnose,
+    feed,
     guard,
     init,
     inputs,
@@ -151,9 +151,12 @@ class _StageRun:
           self._section.eval_batches,
           share=self._share(),
       )
-    rows = self._section.epochs * len(self._examples)
-    self._steps: int = self._section.steps or math.ceil(
-        rows / self._section.batch_size
+    self._data_seed = cfg.seed * len(config.STAGES) + config.STAGES.index(stage)
+    self._steps: int = self._section.steps or pipeline.steps(
+        self._examples,
+        self._section.batch_size,
+        self._data_seed,
+        self._section.epochs,
     )
     self._program = program.Program(cfg, stage, mesh, self._steps)
     # Of the save before the next record. The record of the step that is saved
@@ -195,16 +198,18 @@ class _StageRun:
     batches = pipeline.train_batches(
         self._examples,
         self._section.batch_size,
-        self._cfg.seed * len(config.STAGES) + config.STAGES.index(self._stage),
+        self._data_seed,
         first,
         share=self._share(),
     )
+    batches = feed.Feed(batches, self._mesh)
     pending = None
     self._last = self._saved_at = time.monotonic()
     for step in range(first + 1, self._steps + 1):
-      batch = next(batches)
-      rows = sharding.put_batch(batch, self._mesh)
+      rows = next(batches)
       state, metrics = train_step(state, frozen, rows)
+      if step < self._steps:
+        batches.ahead()
       # The record of a step is made while the next one runs.
       if pending is not None:
         self._log(display, pending, state, frozen)
