@@ -115,6 +115,7 @@ def run(tower: str, lm: str) -> Any:
   c.data.parity_truncation = False
   c.data.parity_mask = False
   c.data.shapes = config_dict.placeholder(ml_collections.ConfigDict)
+  c.data.feature_cache = config_dict.placeholder(str)  # Stage I: a folder.
   c.data.cache_mb = 2048
   c.data.decode = 'exact'  # Or fast, within one grey level: extra `jpeg`.
   c.data.num_threads = 4

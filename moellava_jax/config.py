@@ -245,6 +245,8 @@ class DataConfig:
   parity_truncation: bool
   parity_mask: bool
   shapes: ShapesConfig | None
+  # Where stage I keeps the features of its frozen tower; None: nowhere.
+  feature_cache: str | None
   cache_mb: int  # Decoded images and rows are kept in memory up to this.
   # 'fast' scales JPEG files while decoding; held-out data is always 'exact'.
   decode: Literal['exact', 'fast']
@@ -526,6 +528,7 @@ _VOLATILE = (
     'watchdog.',
     'data.num_threads',
     'data.num_workers',
+    'data.feature_cache',
     'data.prefetch',
 )
 

@@ -284,6 +284,7 @@ def _data_config(arrangement: str) -> config.DataConfig:
       parity_truncation=False,
       parity_mask=False,
       shapes=None,
+      feature_cache=None,
       cache_mb=8,
       decode='exact',
       num_threads=0,

@@ -105,6 +105,13 @@ class Examples:
     lengths_N = self._known.lengths_N
     return 0 if lengths_N is None else int(lengths_N.sum())
 
+  @property
+  def images(self) -> int:
+    """Images of all conversations, at most."""
+    images_N = self._known.images_N
+    slots = len(self) * self.format.max_images
+    return slots if images_N is None else int(images_N.sum())
+
   def layout(self, seed: int, batch_size: int) -> order.Layout:
     """Which conversations stand in which row; `seed` decides."""
     key = (seed, batch_size)

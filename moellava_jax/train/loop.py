@@ -17,6 +17,7 @@ from moellava_jax.train import (
     agree,
     cluster,
     diagnose,
+    features,
     feed,
     guard,
     init,
@@ -195,14 +196,7 @@ class _StageRun:
     """Does the steps after `first`; returns the state, None if stopped."""
     train_step = self._program.train_step(state, frozen)
     eval_step = self._program.eval_step(state, frozen)
-    batches = pipeline.train_batches(
-        self._examples,
-        self._section.batch_size,
-        self._data_seed,
-        first,
-        share=self._share(),
-    )
-    batches = feed.Feed(batches, self._mesh)
+    batches = self._feed(first, frozen)
     pending = None
     self._last = self._saved_at = time.monotonic()
     for step in range(first + 1, self._steps + 1):
@@ -229,6 +223,24 @@ class _StageRun:
       if asked == agree.STOP and not last:
         return None
     return state
+
+  def _feed(self, first: int, frozen) -> feed.Feed:
+    """The batches after step `first`, as the step takes them."""
+    batches = pipeline.train_batches(
+        self._examples,
+        self._section.batch_size,
+        self._data_seed,
+        first,
+        share=self._share(),
+    )
+    if self._stage == 'pretrain' and self._cfg.data.feature_cache is not None:
+      batches = features.Cache(
+          self._cfg.data.feature_cache,
+          self._program.model,
+          frozen['vision'],
+          self._examples.images,
+      ).through(batches)
+    return feed.Feed(batches, self._mesh)
 
   def _wish(self) -> int:
     """What this process would like to do after this step."""
