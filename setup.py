@@ -49,9 +49,16 @@ EXTRAS = {
     'serve': ['gradio>=6.31,<7', 'fastapi', 'uvicorn'],
     'tensorboard': ['tensorboardX>=2.6.5'],
     'wandb': ['wandb'],
+    'jpeg': ['simplejpeg>=1.9,<2'],  # config.data.decode='fast'.
     # For tokenizer files that `tokenizers` cannot read: Qwen 1, LLaMA, Yi.
     'tokenizers': ['tiktoken', 'sentencepiece'],
-    'test': ['pytest>=9,<10', 'psutil', 'scikit-image'],  # For photographs.
+    # scikit-image: photographs.
+    'test': [
+        'pytest>=9,<10',
+        'psutil',
+        'scikit-image',
+        'simplejpeg>=1.9,<2',
+    ],
     # Comparisons with the original framework, and its `.bin` files.
     'parity': ['torch==2.13.0'],
     # Exact: another version formats and complains differently.

@@ -58,6 +58,7 @@ def stage() -> Any:
   c.data = ml_collections.ConfigDict()
   c.data.json = ''
   c.data.images = ''
+  c.data.weights = config_dict.placeholder(tuple)  # None: all rows, once.
   c.data.eval_json = config_dict.placeholder(str)
   c.template = 'plain'
   c.image_aspect = config_dict.placeholder(str)  # None: data.image_aspect.
@@ -103,7 +104,10 @@ def run(tower: str, lm: str) -> Any:
   c.data = ml_collections.ConfigDict()
   c.data.json = config_dict.placeholder(str)  # Replaces every stage's data.
   c.data.images = config_dict.placeholder(str)
+  c.data.weights = config_dict.placeholder(tuple)
   c.data.eval_json = config_dict.placeholder(str)
+  c.data.arrangement = 'shuffled'  # Or packed; grouped as the original does.
+  c.data.grouped_world = 16  # The scripts: 8 GPUs x 2 micro-batches.
   c.data.on_bad = 'error'  # A bad row or image (data/check.py): error | skip.
   c.data.on_long = 'cut'  # A conversation longer than the row: error | cut.
   c.data.image_aspect = 'pad'
@@ -111,8 +115,11 @@ def run(tower: str, lm: str) -> Any:
   c.data.parity_truncation = False
   c.data.parity_mask = False
   c.data.shapes = config_dict.placeholder(ml_collections.ConfigDict)
+  c.data.feature_cache = config_dict.placeholder(str)  # Stage I: a folder.
   c.data.cache_mb = 2048
+  c.data.decode = 'exact'  # Or fast, within one grey level: extra `jpeg`.
   c.data.num_threads = 4
+  c.data.num_workers = 0  # Processes; --config.data.num_workers=8
   c.data.prefetch = 8
 
   c.optimizer = ml_collections.ConfigDict()

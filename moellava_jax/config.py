@@ -231,15 +231,27 @@ class DataConfig:
 
   json: str | None
   images: str | None
+  weights: tuple[float, ...] | None
   eval_json: str | None
+  # A row of a batch holds one conversation, in random order ('shuffled') or
+  # in batches of alike ones, as the original's sampler makes them ('grouped');
+  # or as many as fit ('packed').
+  arrangement: Literal['shuffled', 'grouped', 'packed']
+  # Devices times micro-batches of the run that 'grouped' repeats.
+  grouped_world: int
   on_bad: Literal['error', 'skip']  # A row that breaks a rule of data/check.
   on_long: Literal['error', 'cut']  # A conversation longer than its row.
   image_aspect: Literal['pad', 'square']
   parity_truncation: bool
   parity_mask: bool
   shapes: ShapesConfig | None
+  # Where stage I keeps the features of its frozen tower; None: nowhere.
+  feature_cache: str | None
   cache_mb: int  # Decoded images and rows are kept in memory up to this.
-  num_threads: int
+  # 'fast' scales JPEG files while decoding; held-out data is always 'exact'.
+  decode: Literal['exact', 'fast']
+  num_threads: int  # In each process that reads.
+  num_workers: int  # Processes that read; 0: the one that trains.
   prefetch: int  # Batches.
 
 
@@ -247,6 +259,9 @@ class DataConfig:
 class StageDataConfig:
   json: str  # LLaVA JSON, prepared or TFDS directories, joined by commas.
   images: str  # The root of their relative image paths.
+  # Of each file its share of an epoch, as relative weights; None: each row
+  # once an epoch.
+  weights: tuple[float, ...] | None
   eval_json: str | None
 
 
@@ -335,6 +350,7 @@ class TrainConfig:
     return StageDataConfig(
         json=self.data.json,
         images=own.images if self.data.images is None else self.data.images,
+        weights=self.data.weights,
         eval_json=self.data.eval_json,
     )
 
@@ -380,11 +396,14 @@ def _check(cfg: TrainConfig) -> None:
         ' period, at least twice: interval (period 2; 4 layers or more), all,'
         ' first_half, second_half, or a list such as "0,3,6,9" of 12.'
     )
-  if cfg.data.json is None and (cfg.data.images or cfg.data.eval_json):
+  if cfg.data.json is None and (
+      cfg.data.images or cfg.data.eval_json or cfg.data.weights
+  ):
     raise UserError(
-        'config.data.images and config.data.eval_json go with'
-        ' config.data.json, which is not set.'
+        'config.data.images, .weights and .eval_json go with config.data.json,'
+        ' which is not set.'
     )
+  _check_data(cfg)
   positive = (
       'batch_size',
       'accumulate',
@@ -397,6 +416,7 @@ def _check(cfg: TrainConfig) -> None:
       'keep',
       'keep_every',
       'log_every',
+      'grouped_world',
   )
   minutes = ('minutes', 'step_minutes', 'other_minutes')
   for path, value in _flatten(dataclasses.asdict(cfg)):
@@ -410,6 +430,29 @@ def _check(cfg: TrainConfig) -> None:
         f'config.checkpoint.keep_every is {section.keep_every}; expected a'
         f' multiple of checkpoint.every={section.every}: no others are saved.'
     )
+
+
+def _check_data(cfg: TrainConfig) -> None:
+  if cfg.data.arrangement == 'packed' and cfg.data.parity_truncation:
+    raise UserError(
+        'config.data.parity_truncation makes the rows of the original, which'
+        ' does not pack: choose data.arrangement=shuffled or grouped with it.'
+    )
+  for name in STAGES:
+    if getattr(cfg, name) is None:
+      continue
+    where = cfg.stage_data(name)
+    files = len(where.json.split(','))
+    if where.weights is not None and (
+        len(where.weights) != files
+        or min(where.weights) < 0
+        or sum(where.weights) <= 0
+    ):
+      raise UserError(
+          f'The weights of the data of stage {name!r} are {where.weights};'
+          f' expected one for each of its {files} files, none below 0, and not'
+          ' all of them 0.'
+      )
 
 
 def build(cls: type, raw: Mapping[str, Any], where: str) -> Any:
@@ -484,6 +527,8 @@ _VOLATILE = (
     'checkpoint.',
     'watchdog.',
     'data.num_threads',
+    'data.num_workers',
+    'data.feature_cache',
     'data.prefetch',
 )
 

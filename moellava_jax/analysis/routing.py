@@ -6,6 +6,7 @@ in evaluation mode; the counts are sums over all their tokens.
 """
 
 from collections.abc import Iterator, Sequence
+import dataclasses
 import itertools
 from typing import Any, NamedTuple
 
@@ -70,7 +71,9 @@ def batches(
       stage.row_length,
       stage.max_images,
       chat.model.cfg.vision,
-      chat.config.data,
+      dataclasses.replace(
+          chat.config.data, arrangement='shuffled', decode='exact'
+      ),
   )
   examples = pipeline.Examples(rows, images_root, fmt, chat.tokenizer)
   yield from pipeline.eval_batches(

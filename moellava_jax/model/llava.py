@@ -22,6 +22,12 @@ class LlavaOutput(NamedTuple):
   cache: tuple[attention.KVCache, ...] | None
 
 
+class Features(NamedTuple):
+  """What the tower says about images, in the place of the images."""
+
+  features_BIPD: Any  # Of jax or numpy, `[B, I, P, D_vision]`.
+
+
 def compute_dtype(name: str) -> jnp.dtype:
   """'auto' is bfloat16 where the device multiplies it natively."""
   if name != 'auto':
@@ -50,8 +56,10 @@ class Llava(nn.Module):
     self.projector = projector.Projector(cfg.projector, cfg.llm.width, dtype)
     self.llm = decoder.Decoder(cfg.llm, cfg.moe, dtype, cfg.remat)
 
-  def features(self, images_BIHWC: jax.Array) -> jax.Array:
+  def features(self, images_BIHWC: jax.Array | Features) -> jax.Array:
     """Tower features of all images, `[B, I, P, D_vision]`."""
+    if isinstance(images_BIHWC, Features):
+      return images_BIHWC.features_BIPD
     b, i = images_BIHWC.shape[:2]
     images_NHWC = images_BIHWC.reshape(b * i, *images_BIHWC.shape[2:])
     features_NPD = self.vision(images_NHWC)
@@ -62,7 +70,7 @@ class Llava(nn.Module):
       tokens_BT: jax.Array,
       segment_ids_BT: jax.Array,
       positions_BT: jax.Array,
-      images_BIHWC: jax.Array | None,
+      images_BIHWC: jax.Array | Features | None,
       *,
       train: bool,
       cache: tuple[attention.KVCache, ...] | None = None,
@@ -73,8 +81,8 @@ class Llava(nn.Module):
       tokens_BT: int32, `IMAGE_TOKEN` where a patch of an image belongs.
       segment_ids_BT: int32, 0 for padding.
       positions_BT: int32, position within the segment.
-      images_BIHWC: uint8, or normalised floats; None where no row has an
-        image (decoding).
+      images_BIHWC: uint8, or normalised floats, or their features; None where
+        no row has an image (decoding).
       train: dropout, sampled routing and training capacity.
       cache: written at `positions_BT`; attention then sees the cache only.
     """

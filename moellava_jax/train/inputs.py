@@ -60,11 +60,10 @@ def _read(
   for stage in stages:
     tokenizer_lib.check_stop(cfg.stage(stage).template, tok)
     where = cfg.stage_data(stage)
-    examples[stage] = _examples(cfg, stage, _rows(cfg, stage), tok)
+    examples[stage] = _examples(cfg, stage, tok)
     print_summary(stage, examples[stage], where.json)
     if where.eval_json is not None:
-      rows = sources.read(where.eval_json, where.images, on_bad=cfg.data.on_bad)
-      held_out[stage] = _examples(cfg, stage, rows, tok)
+      held_out[stage] = _held_out(cfg, stage, where.eval_json, tok)
       print_summary(stage, held_out[stage], where.eval_json)
   return Inputs(examples, held_out, tok)
 
@@ -75,6 +74,13 @@ def print_summary(stage: str, examples: pipeline.Examples, path: str) -> None:
   cluster.say(
       f'{stage}: {len(examples)} rows of {length} positions from {path}'
   )
+  if examples.format.data.arrangement == 'packed':
+    plan = examples.in_order()
+    fill = examples.positions / max(len(plan.ends_R) * length, 1)
+    cluster.say(
+        f'{stage}: packed into about {len(plan.ends_R)} rows, {fill:.1%} of'
+        ' their positions filled'
+    )
   for reason, number in examples.dropped.items():
     cluster.say(f'{stage}: dropped {number} rows: {reason}')
   if examples.cut:
@@ -117,24 +123,44 @@ def _rows(cfg: config.TrainConfig, stage: str) -> rows_lib.Rows:
   )
 
 
-def _examples(cfg, stage, rows, tok) -> pipeline.Examples:
+def _examples(cfg, stage, tok) -> pipeline.Examples:
+  where = cfg.stage_data(stage)
+  return _checked(
+      stage, _rows(cfg, stage), where, _format(cfg, stage), where.weights, tok
+  )
+
+
+def _held_out(cfg, stage, path: str, tok) -> pipeline.Examples:
+  where = cfg.stage_data(stage)
+  fmt = _format(cfg, stage)
+  fmt = fmt._replace(data=dataclasses.replace(fmt.data, decode='exact'))
+  rows = sources.read(path, where.images, on_bad=cfg.data.on_bad)
+  return _checked(stage, rows, where, fmt, None, tok)
+
+
+def _checked(stage, rows, where, fmt, weights, tok) -> pipeline.Examples:
+  sources.check_stored(rows, fmt.vision, fmt.data.image_aspect)
+  examples = pipeline.Examples(rows, where.images, fmt, tok, weights=weights)
+  examples.dropped.update(rows.dropped)
+  if rows.repaired:
+    cluster.say(f'{stage}: repaired rows, by rule: {dict(rows.repaired)}')
+  return examples
+
+
+def _format(cfg: config.TrainConfig, stage: str) -> pipeline.Format:
   section = cfg.stage(stage)
   data = cfg.data
   if section.image_aspect is not None:
     data = dataclasses.replace(data, image_aspect=section.image_aspect)
-  fmt = pipeline.Format(
+  if stage == 'warmup':  # Of each row, the labels belong to its one image.
+    data = dataclasses.replace(data, arrangement='shuffled')
+  return pipeline.Format(
       section.template,
       section.row_length,
       section.max_images,
       cfg.model.vision,
       data,
   )
-  sources.check_stored(rows, fmt.vision, data.image_aspect)
-  examples = pipeline.Examples(rows, cfg.stage_data(stage).images, fmt, tok)
-  examples.dropped.update(rows.dropped)
-  if rows.repaired:
-    cluster.say(f'{stage}: repaired rows, by rule: {dict(rows.repaired)}')
-  return examples
 
 
 def _kept_tokenizer(cfg: config.TrainConfig) -> tokenizer_lib.Tokenizer:

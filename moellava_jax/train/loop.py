@@ -3,7 +3,6 @@
 
 import contextlib
 import dataclasses
-import math
 import pathlib
 import time
 from typing import Any, NamedTuple
@@ -18,6 +17,8 @@ from moellava_jax.train import (
     agree,
     cluster,
     diagnose,
+    features,
+    feed,
     guard,
     init,
     inputs,
@@ -151,9 +152,12 @@ class _StageRun:
           self._section.eval_batches,
           share=self._share(),
       )
-    rows = self._section.epochs * len(self._examples)
-    self._steps: int = self._section.steps or math.ceil(
-        rows / self._section.batch_size
+    self._data_seed = cfg.seed * len(config.STAGES) + config.STAGES.index(stage)
+    self._steps: int = self._section.steps or pipeline.steps(
+        self._examples,
+        self._section.batch_size,
+        self._data_seed,
+        self._section.epochs,
     )
     self._program = program.Program(cfg, stage, mesh, self._steps)
     # Of the save before the next record. The record of the step that is saved
@@ -192,19 +196,14 @@ class _StageRun:
     """Does the steps after `first`; returns the state, None if stopped."""
     train_step = self._program.train_step(state, frozen)
     eval_step = self._program.eval_step(state, frozen)
-    batches = pipeline.train_batches(
-        self._examples,
-        self._section.batch_size,
-        self._cfg.seed * len(config.STAGES) + config.STAGES.index(self._stage),
-        first,
-        share=self._share(),
-    )
+    batches = self._feed(first, frozen)
     pending = None
     self._last = self._saved_at = time.monotonic()
     for step in range(first + 1, self._steps + 1):
-      batch = next(batches)
-      rows = sharding.put_batch(batch, self._mesh)
+      rows = next(batches)
       state, metrics = train_step(state, frozen, rows)
+      if step < self._steps:
+        batches.ahead()
       # The record of a step is made while the next one runs.
       if pending is not None:
         self._log(display, pending, state, frozen)
@@ -224,6 +223,24 @@ class _StageRun:
       if asked == agree.STOP and not last:
         return None
     return state
+
+  def _feed(self, first: int, frozen) -> feed.Feed:
+    """The batches after step `first`, as the step takes them."""
+    batches = pipeline.train_batches(
+        self._examples,
+        self._section.batch_size,
+        self._data_seed,
+        first,
+        share=self._share(),
+    )
+    if self._stage == 'pretrain' and self._cfg.data.feature_cache is not None:
+      batches = features.Cache(
+          self._cfg.data.feature_cache,
+          self._program.model,
+          frozen['vision'],
+          self._examples.images,
+      ).through(batches)
+    return feed.Feed(batches, self._mesh)
 
   def _wish(self) -> int:
     """What this process would like to do after this step."""

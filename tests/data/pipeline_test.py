@@ -7,7 +7,7 @@ from PIL import Image
 import pytest
 
 from moellava_jax import config
-from moellava_jax.data import pipeline, sources
+from moellava_jax.data import encode, pipeline, sources
 from moellava_jax.data import tokenizer as tokenizer_lib
 from tests import tiny
 
@@ -67,7 +67,7 @@ def _batches(examples, start=0, process=0, processes=1, seed=7):
 def test_row_has_an_image_per_mark_and_supervises_answers_only(corpus):
   fmt = _format()
   row = sources.read(str(corpus / 'rows.json'), str(corpus))[1]
-  example = pipeline.encode(row, fmt, TOKENIZER)
+  example = encode.encode(row, fmt, TOKENIZER)
   batch = pipeline.stack([_examples(corpus)[1]])
   patches = fmt.vision.num_tokens
   assert int(np.sum(batch.tokens_BT == config.IMAGE_TOKEN)) == patches
@@ -158,8 +158,8 @@ def test_overlong_conversation(corpus):
     _examples(corpus, _format(row_length=20))
   fmt = _format(row_length=24, data={'on_long': 'cut'})
   row = sources.read(str(corpus / 'rows.json'), str(corpus))[0]
-  full = pipeline.encode(row, _format(), TOKENIZER)
-  cut = pipeline.encode(row, fmt, TOKENIZER)
+  full = encode.encode(row, _format(), TOKENIZER)
+  cut = encode.encode(row, fmt, TOKENIZER)
   np.testing.assert_array_equal(cut.tokens_L, full.tokens_L[:24])
   with pytest.raises(sources.DataError, match='images reach beyond'):
     _examples(corpus, fmt._replace(row_length=8))
@@ -167,11 +167,11 @@ def test_overlong_conversation(corpus):
 
 def test_truncation_of_the_original_counts_an_image_as_one(corpus):
   row = sources.read(str(corpus / 'rows.json'), str(corpus))[0]
-  full = pipeline.encode(row, _format(), TOKENIZER)
+  full = encode.encode(row, _format(), TOKENIZER)
   patches = _format().vision.num_tokens
   text = len(full.tokens_L) - patches + 1  # The image counts as one.
   fmt = _format(row_length=text - 1, data={'parity_truncation': True})
-  cut = pipeline.encode(row, fmt, TOKENIZER)
+  cut = encode.encode(row, fmt, TOKENIZER)
   np.testing.assert_array_equal(cut.tokens_L, full.tokens_L[:-1])
   assert cut.cut and not full.cut
   assert fmt.length == text - 1 + patches - 1
@@ -208,16 +208,16 @@ def test_label_mask_of_the_original_blanks_and_counts_rows(corpus):
 def test_label_mask_of_the_original_cuts_texts_without_images(corpus):
   text, image = _rows(corpus, ('What is it?', 'A dog.'), ('<image>\na', 'b'))
   fmt = _format(template='phi', row_length=400)
-  full = pipeline.encode(text, fmt, TOKENIZER)
+  full = encode.encode(text, fmt, TOKENIZER)
   length = len(full.tokens_L) - 2
   data = {'parity_mask': True, 'on_long': 'error'}
   fmt = _format(template='phi', row_length=length, data=data)
-  cut = pipeline.encode(text, fmt, TOKENIZER)
+  cut = encode.encode(text, fmt, TOKENIZER)
   np.testing.assert_array_equal(cut.tokens_L, full.tokens_L[:-2])
   np.testing.assert_array_equal(cut.supervised_L, full.supervised_L[:-2])
   assert cut.cut and not cut.blanked
   with pytest.raises(sources.DataError, match='row 1 .*positions'):
-    pipeline.encode(image, fmt._replace(row_length=length // 2), TOKENIZER)
+    encode.encode(image, fmt._replace(row_length=length // 2), TOKENIZER)
 
 
 def test_label_mask_of_the_original_never_teaches_a_patch(corpus):
@@ -227,7 +227,7 @@ def test_label_mask_of_the_original_never_teaches_a_patch(corpus):
   (corpus / 'odd.json').write_text(json.dumps([raw]), encoding='utf-8')
   row = sources.read(str(corpus / 'odd.json'), str(corpus))[0]
   fmt = _format(template='phi', row_length=400, data={'parity_mask': True})
-  example = pipeline.encode(row, fmt, TOKENIZER)
+  example = encode.encode(row, fmt, TOKENIZER)
   images_L = example.tokens_L == config.IMAGE_TOKEN
   assert images_L.sum() == fmt.vision.num_tokens
   assert not example.supervised_L[images_L].any()
@@ -239,11 +239,11 @@ def test_rows_without_a_mask_in_the_original_name_themselves(corpus):
   for template, message in (('plain', 'two'), ('bare', 'parity_mask=False')):
     fmt = _format(template=template, data={'parity_mask': True})
     with pytest.raises(sources.DataError, match=rf'row 0 \(id r0\).*{message}'):
-      pipeline.encode(rows[0], fmt, TOKENIZER)
+      encode.encode(rows[0], fmt, TOKENIZER)
   # The warm-up is ours alone.
   image = _rows(corpus, ('<image>\nWhat?', 'A dog.'))[0]
   warmup = image._replace(attributes=[[0, 1]])
-  pipeline.encode(warmup, fmt, TOKENIZER)
+  encode.encode(warmup, fmt, TOKENIZER)
 
 
 def test_an_open_row_length_follows_the_data(corpus):

@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The conversations of a stage, in rows of a batch: random access to both."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from moellava_jax.data import (
+    assemble,
+    encode,
+    images,
+    lengths,
+    order,
+    packing,
+    sources,
+    templates,
+)
+from moellava_jax.data import batch as batch_lib
+from moellava_jax.data import rows as rows_lib
+
+
+class Examples:
+  """Random access to the conversations of a stage, encoded.
+
+  Small data is encoded and its images are opened at once, so that every bad
+  row is found before the first step. Large data is encoded on access; there, a
+  row that `on_bad=skip` drops leaves its place empty, which keeps the order.
+
+  Attributes:
+    format: with the row length that was found, if it was open.
+    eager: whether the data is small.
+    dropped: rows left out, by reason. What a worker process drops it alone
+      knows.
+    ignored_answers: answers that the template leaves out.
+    cut: rows whose text was cut at the end.
+    blanked: rows that teach nothing, as in the original.
+  """
+
+  def __init__(
+      self,
+      rows: Sequence[sources.Row],
+      root: str,
+      fmt: encode.Format,
+      tok,
+      *,
+      weights: tuple[float, ...] | None = None,
+  ):
+    """Args:
+    rows: of all sources, one after the other.
+    root: where the paths of images begin.
+    fmt: see `Format`.
+    tok: the tokenizer.
+    weights: how its sources are mixed; None: every row once an epoch.
+    """
+    self.dropped: Counter[str] = Counter()
+    self.ignored_answers = 0
+    self.cut = 0
+    self.blanked = 0
+    self.format = fmt
+    self._tok = tok
+    self._store = encode.image_store(
+        root,
+        fmt.vision,
+        fmt.data.image_aspect,
+        fmt.data.decode,
+        fmt.data.cache_mb,
+    )
+    self._rows: Sequence = rows
+    self._weights = weights
+    parts = rows.parts if isinstance(rows, rows_lib.Rows) else (rows,)
+    source_N = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+    self._layouts: dict[tuple[int, int], order.Layout] = {}
+    image_bytes = 3 * fmt.vision.image_size**2
+    need = len(rows) * ((fmt.row_length or 256) * 5 + image_bytes)
+    self.eager = need <= fmt.data.cache_mb << 20
+    if fmt.row_length is None and not self.eager:
+      raise sources.DataError(
+          f'{len(rows)} rows do not fit into --config.data.cache_mb='
+          f"{fmt.data.cache_mb}, so the longest is not known: set the stage's"
+          ' row_length.'
+      )
+    self._known = order.Known(source_N, None, None, None)
+    self._look_through()
+    if self.eager:
+      self._encode_all()
+    elif fmt.data.arrangement == 'packed':
+      self._measure_all()
+
+  def __len__(self) -> int:
+    return len(self._rows)
+
+  def __getitem__(self, index) -> batch_lib.Batch:
+    """One conversation as a row."""
+    return self.row([index])
+
+  def row(self, items: Iterable[int]) -> batch_lib.Batch:
+    """A row of these conversations."""
+    loaded = [self._load(int(item)) for item in items]
+    return assemble.fill_row([x for x in loaded if x is not None], self.format)
+
+  @property
+  def positions(self) -> int:
+    """Positions of all conversations, where their lengths are known."""
+    lengths_N = self._known.lengths_N
+    return 0 if lengths_N is None else int(lengths_N.sum())
+
+  @property
+  def images(self) -> int:
+    """Images of all conversations, at most."""
+    images_N = self._known.images_N
+    slots = len(self) * self.format.max_images
+    return slots if images_N is None else int(images_N.sum())
+
+  def layout(self, seed: int, batch_size: int) -> order.Layout:
+    """Which conversations stand in which row; `seed` decides."""
+    key = (seed, batch_size)
+    if key not in self._layouts:
+      data, fmt = self.format.data, self.format
+      plan = order.Plan(
+          data.arrangement,
+          self._weights,
+          batch_size,
+          data.grouped_world,
+          fmt.length,
+          fmt.max_images,
+      )
+      self._layouts[key] = order.Layout(plan, self._known, seed)
+    return self._layouts[key]
+
+  def in_order(self) -> packing.Plan:
+    """Rows of each conversation once, not shuffled, for evaluation."""
+    every_N = np.arange(len(self), dtype=np.int32)
+    if self.format.data.arrangement != 'packed':
+      return packing.alone(every_N)
+    lengths_N, images_N = self._known.lengths_N, self._known.images_N
+    assert lengths_N is not None and images_N is not None
+    used = lengths_N > 0
+    return packing.pack(
+        every_N[used],
+        lengths_N[used],
+        images_N[used],
+        row_length=self.format.length,
+        max_images=self.format.max_images,
+    )
+
+  def __getstate__(self):
+    """For worker processes, which are sent the layout that they follow."""
+    return {**self.__dict__, '_layouts': {}}
+
+  def _look_through(self):
+    """Finds what needs neither tokens nor pixels."""
+    template = templates.get(self.format.template)
+    arrangement = self.format.data.arrangement
+    if not template.caption_only and arrangement == 'shuffled':
+      return  # Records are not read for nothing.
+    words, counts = [], []
+    for row in self._rows:
+      self.ignored_answers += templates.ignored_answers(template, row.turns)
+      words.append(_words(row))
+      counts.append(len(row.images))
+    self._known = self._known._replace(
+        images_N=np.array(counts, np.int32), words_N=np.array(words)
+    )
+
+  def _encode_all(self):
+    encoded = [self._try(row, pixels=True) for row in _progress(self._rows)]
+    kept = [n for n, found in enumerate(encoded) if found is not None]
+    if not kept:
+      raise sources.DataError(
+          f'No usable row is left; dropped: {dict(self.dropped)}.'
+      )
+    self._rows = [found.example for found in encoded if found is not None]
+    lengths_N = np.array([len(x.tokens_L) for x in self._rows], np.int32)
+    words_N = self._known.words_N
+    self._known = order.Known(
+        self._known.source_N[kept],
+        lengths_N,
+        np.array([len(x.images) for x in self._rows], np.int32),
+        None if words_N is None else words_N[kept],
+    )
+    if self.format.row_length is None:
+      longest = int(lengths_N.max())
+      self.format = self.format._replace(row_length=-(-longest // 8) * 8)
+
+  def _measure_all(self):
+    """Finds lengths without opening an image."""
+    fmt = self.format
+    if fmt.data.parity_mask:  # It has other tokens.
+      lengths_N = np.full(len(self), fmt.length + 1, np.int32)
+    else:
+      lengths_N = lengths.count(
+          self._rows,
+          self._tok,
+          fmt.template,
+          fmt.vision.num_tokens,
+          workers=fmt.data.num_workers,
+      ).copy()
+    images_N = self._known.images_N
+    assert images_N is not None
+    odd_N = (lengths_N > fmt.length) | (images_N > fmt.max_images)
+    for n in np.flatnonzero(odd_N):  # What is cut or dropped, `encode` decides.
+      found = self._try(self._rows[int(n)], pixels=False)
+      lengths_N[n] = 0 if found is None else len(found.example.tokens_L)
+      images_N[n] = 0 if found is None else len(found.example.images)
+    if not lengths_N.any():
+      raise sources.DataError(
+          f'No usable row is left; dropped: {dict(self.dropped)}.'
+      )
+    self._known = self._known._replace(lengths_N=lengths_N, images_N=images_N)
+
+  def _load(self, index: int) -> assemble.Loaded | None:
+    found = self._rows[index]
+    if isinstance(found, encode.Example):
+      return assemble.Loaded(
+          found, [self._store[path] for path in found.images]
+      )
+    return self._try(found, pixels=True)
+
+  def _try(self, row: sources.Row, *, pixels: bool) -> assemble.Loaded | None:
+    """Encodes a row; None: dropped and counted."""
+    try:
+      example = encode.encode(row, self.format, self._tok)
+      loaded = [self._store[path] for path in example.images] if pixels else []
+    except images.ImageError as error:
+      if self.format.data.on_bad == 'error':
+        raise sources.DataError(
+            f'{row.where}: {error} Repair it, or drop such rows with'
+            ' --config.data.on_bad=skip.'
+        ) from error
+      self.dropped['unreadable image'] += 1
+      return None
+    except sources.DoesNotFitError:
+      if self.format.data.on_bad == 'error':
+        raise
+      self.dropped['images or answers beyond the end of the row'] += 1
+      return None
+    self.cut += example.cut
+    self.blanked += example.blanked
+    return assemble.Loaded(example, loaded)
+
+
+def _words(row: sources.Row) -> int:
+  """The original's length of a conversation."""
+  return sum(len(value.split()) for _, value in row.turns)
+
+
+def _progress(rows: Sequence[sources.Row]) -> Iterable[sources.Row]:
+  from rich import console, progress
+
+  screen = console.Console(stderr=True)
+  return progress.track(
+      rows,
+      'reading',
+      console=screen,
+      transient=True,
+      disable=not screen.is_terminal,
+  )
