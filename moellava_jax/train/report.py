@@ -60,6 +60,7 @@ def make(
       'max_images': section.max_images,
       'accumulate': section.accumulate,
       'remat': cfg.model.remat,
+      'scan': cfg.model.scan_layers,
       'compute_dtype': cfg.model.compute_dtype,
       'mfu': mfu,
       'memory': {
@@ -99,9 +100,10 @@ def _xla(cfg, stage, target, measures: bool) -> dict[str, Any]:
   try:
     step = compiled.Step(cfg, stage, target)
   except compiled.DoesNotFit as error:
-    return {'target': target.name, 'error': str(error)}
+    return {'target': target.name, 'cpu': False, 'error': str(error)}
   found = step.report()
-  about = {**found._asdict(), 'total': found.total}
+  cpu = target.devices[0].platform == 'cpu'
+  about = {**found._asdict(), 'total': found.total, 'cpu': cpu}
   if measures:
     about['measured'] = step.measure()
   return about
@@ -154,6 +156,12 @@ def show(plan: dict[str, Any]) -> None:
   console.print(rows)
   if 'xla' in plan:
     _show_xla(plan['xla'], console, table('XLA says', 'GiB'))
+    if plan['xla']['cpu'] and plan['remat'] != 'none' and not plan['scan']:
+      console.print(
+          'Outside a loop the compiler of the CPU keeps much of what remat'
+          ' gives up, and far more than an accelerator;'
+          ' --config.model.scan_layers=True comes closer.'
+      )
   _show_flops(plan['flops'], console, table('FLOPs of a step', '10^12'))
   names = ('Accelerator', 'usable GiB', 'fits', 's a step', 'tokens/s')
   found = table(f'{names[0]} (MFU {plan["mfu"]})', *names[1:])

@@ -155,6 +155,70 @@ def _fetch(tree: Any, shards: Any | None) -> Any:
   return tree if shards is None else jax.tree.map(move, tree, shards)
 
 
+def _scatter(tree: Any, shards: Any | None) -> Any:
+  """Divides a tree over the devices as `shards` says, in their own memory."""
+  if shards is None:
+    return tree
+  return jax.lax.with_sharding_constraint(
+      tree, jax.tree.map(lambda x: x.with_memory_kind('device'), shards)
+  )
+
+
+def _accumulated(
+    gradient: Callable[[Batch, jax.Array], Any],
+    batch: Batch,
+    rng: jax.Array,
+    count: int,
+    shards: Any | None,
+) -> Any:
+  """The sum of `gradient(micro_batch, rng)`, a (value, gradients), over all.
+
+  Between micro-batches the gradients wait where `shards` says.
+  """
+  if count == 1:
+    return gradient(batch, rng)
+
+  def add(carry, inputs):
+    micro, index = inputs
+    value, grads = gradient(micro, jax.random.fold_in(rng, index))
+    summed = jax.tree.map(
+        jnp.add, (carry[0], _fetch(carry[1], shards)), (value, grads)
+    )
+    return (summed[0], _keep(summed[1], shards)), None
+
+  parts = micro_batches(batch, count)
+  shapes = jax.eval_shape(gradient, jax.tree.map(lambda x: x[0], parts), rng)
+  zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+  zeros = (zeros[0], _keep(_scatter(zeros[1], shards), shards))
+  (value, grads), _ = jax.lax.scan(add, zeros, (parts, jnp.arange(count)))
+  return value, _fetch(grads, shards)
+
+
+def _updated(
+    tx: optax.GradientTransformation,
+    state: state_lib.TrainState,
+    grads: Any,
+    finite: jax.Array,
+    shards: Any | None,
+) -> state_lib.TrainState:
+  """The state after a step, which changes only counters if not `finite`."""
+  old = (_scatter(state.trained, shards), state.opt_state)
+  updates, opt_state = tx.update(grads, state.opt_state, old[0])
+  trained, opt_state = jax.tree.map(
+      lambda new, old: jnp.where(finite, new, old),
+      (optax.apply_updates(old[0], updates), opt_state),
+      old,
+  )
+  bad = (~finite).astype(jnp.int32)
+  return state_lib.TrainState(
+      step=state.step + 1,
+      trained=_scatter(trained, shards),
+      opt_state=opt_state,
+      skipped=state.skipped + bad,
+      streak=(state.streak + 1) * bad,
+  )
+
+
 def make_train_step(
     model: llava.Llava,
     tx: optax.GradientTransformation,
@@ -177,14 +241,6 @@ def make_train_step(
   parameters are gathered at the end. A step whose loss or gradient is not
   finite changes nothing but the counters.
   """
-
-  def scatter(tree):
-    if shards is None:
-      return tree
-    return jax.lax.with_sharding_constraint(
-        tree, jax.tree.map(lambda x: x.with_memory_kind('device'), shards)
-    )
-
   count = cfg.stage(stage).accumulate
   base = jax.random.fold_in(
       jax.random.key(cfg.seed), config.STAGES.index(stage)
@@ -199,69 +255,24 @@ def make_train_step(
         train=True,
         probe_sizes=probe_sizes,
     )
-    loss = _objective(
-        sums,
-        total_weight,
-        count,
-        model.cfg.moe,
-        cfg.optimizer.loss_normalization,
-    )
+    normalization = cfg.optimizer.loss_normalization
+    loss = _objective(sums, total_weight, count, model.cfg.moe, normalization)
     return loss, sums
-
-  def gradient(*args):
-    value, grads = jax.value_and_grad(micro_loss, has_aux=True)(*args)
-    return value, scatter(grads)
 
   def step(state, frozen, batch):
     rng = jax.random.fold_in(base, state.step)
     total = jnp.maximum(jnp.sum(batch.loss_weight_BT), 1.0)
-    if count == 1:
-      (loss, sums), grads = gradient(state.trained, frozen, batch, rng, total)
-    else:
 
-      def add(carry, inputs):
-        micro, index = inputs
-        value, grads = gradient(
-            state.trained, frozen, micro, jax.random.fold_in(rng, index), total
-        )
-        summed = jax.tree.map(
-            jnp.add, (carry[0], _fetch(carry[1], shards)), (value, grads)
-        )
-        return (summed[0], _keep(summed[1], shards)), None
+    def gradient(micro, rng):
+      value, grads = jax.value_and_grad(micro_loss, has_aux=True)(
+          state.trained, frozen, micro, rng, total
+      )
+      return value, _scatter(grads, shards)
 
-      parts = micro_batches(batch, count)
-      shapes = jax.eval_shape(
-          gradient,
-          state.trained,
-          frozen,
-          jax.tree.map(lambda x: x[0], parts),
-          rng,
-          total,
-      )
-      zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-      zeros = (zeros[0], _keep(scatter(zeros[1]), shards))
-      ((loss, sums), grads), _ = jax.lax.scan(
-          add, zeros, (parts, jnp.arange(count))
-      )
-      grads = _fetch(grads, shards)
+    (loss, sums), grads = _accumulated(gradient, batch, rng, count, shards)
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-    old = (scatter(state.trained), state.opt_state)
-    updates, opt_state = tx.update(grads, state.opt_state, old[0])
-    trained, opt_state = jax.tree.map(
-        lambda new, old: jnp.where(finite, new, old),
-        (optax.apply_updates(old[0], updates), opt_state),
-        old,
-    )
-    trained = scatter(trained)
-    bad = (~finite).astype(jnp.int32)
-    new_state = state_lib.TrainState(
-        step=state.step + 1,
-        trained=trained,
-        opt_state=opt_state,
-        skipped=state.skipped + bad,
-        streak=(state.streak + 1) * bad,
-    )
+    new_state = _updated(tx, state, grads, finite, shards)
     metrics = {
         'loss': loss,
         'grad_norm': norm,
