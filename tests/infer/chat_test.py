@@ -15,6 +15,8 @@ from moellava_jax.infer import generate, requests, sampling
 from tests import tiny
 
 RED = Image.new('RGB', (9, 7), 'red')
+# As long as a conversation of two turns with its answer, for one bucket.
+QUESTION = 'Which colour is it?'
 GREEN = Image.new('RGB', (20, 30), 'green')
 ASK = {'max_new_tokens': 8}
 HOT = {**ASK, 'temperature': 1.5}
@@ -22,10 +24,15 @@ HOT = {**ASK, 'temperature': 1.5}
 
 def test_a_batch_equals_its_questions_one_by_one(chat, tmp_path):
   RED.save(tmp_path / 'red.png')
-  images = [tmp_path / 'red.png', GREEN, None, [GREEN, RED]]
-  texts = ['Is it red?', 'Is it?', 'Yes?', 'Which?']
+  images = [tmp_path / 'red.png', GREEN, RED]
+  texts = [QUESTION, QUESTION.upper(), QUESTION[::-1]]
   for options in (ASK, HOT):
-    together = chat.chat(images, texts, **options)
+    # As four rows, which the mesh of another test divides.
+    requests_N = [
+        requests.conversation(*pair, ())
+        for pair in zip(images, texts, strict=True)
+    ]
+    together = chat.generate(requests_N, **options, batch_size=4)
     alone = [
         chat.chat(image, text, **options, seed=n)
         for n, (image, text) in enumerate(zip(images, texts, strict=True))
@@ -34,33 +41,36 @@ def test_a_batch_equals_its_questions_one_by_one(chat, tmp_path):
   assert len(set(together)) == len(together)
 
 
+def test_a_list_of_texts_is_a_batch(chat):
+  (found,) = chat.chat([RED], [QUESTION], **HOT)
+  assert found == chat.chat(RED, QUESTION, **HOT)
+
+
 def test_pieces_are_the_answer_and_come_one_by_one(chat):
-  answer = chat.chat(RED, 'Is it red?', **HOT)
-  pieces = list(chat.chat(RED, 'Is it red?', **HOT, stream=True))
+  answer = chat.chat(RED, QUESTION, **HOT)
+  pieces = list(chat.chat(RED, QUESTION, **HOT, stream=True))
   assert ''.join(pieces) == answer
   assert len(pieces) > 2
 
 
 def test_a_stop_string_ends_an_answer(chat):
-  answer = chat.chat(RED, 'Is it red?', **HOT)
+  answer = chat.chat(RED, QUESTION, **HOT)
   stop = answer[3:5]
   expected = answer[: answer.index(stop)].strip()
-  assert chat.chat(RED, 'Is it red?', **HOT, stop=(stop,)) == expected
-  assert chat.chat(RED, 'Is it red?', **HOT, stop=stop) == expected
-  found = chat.chat(RED, 'Is it red?', **HOT, stop=(stop,), stream=True)
+  assert chat.chat(RED, QUESTION, **HOT, stop=(stop,)) == expected
+  assert chat.chat(RED, QUESTION, **HOT, stop=stop) == expected
+  found = chat.chat(RED, QUESTION, **HOT, stop=(stop,), stream=True)
   assert ''.join(found) == expected
 
 
 def test_the_template_brings_its_stop_string(chat):
   assert chat.stop == ()  # It is the end token.
   assert chat._replace(template=templates.get('v0')).stop == ('###',)
-  answer = chat.chat(RED, 'Is it red?', **HOT)
+  answer = chat.chat(RED, QUESTION, **HOT)
   # A question is followed by no `sep2`, so that the prompt stays.
   other = dataclasses.replace(chat.template, sep2=answer[3:5])
   expected = answer[: answer.index(answer[3:5])].strip()
-  assert (
-      chat._replace(template=other).chat(RED, 'Is it red?', **HOT) == expected
-  )
+  assert chat._replace(template=other).chat(RED, QUESTION, **HOT) == expected
 
 
 def test_history_comes_before_and_images_with_its_first_question():
@@ -81,24 +91,24 @@ def test_history_comes_before_and_images_with_its_first_question():
 
 
 def test_a_turn_is_answered_as_the_whole_conversation(chat):
-  found = chat.chat(RED, 'And now?', history=[('Is it red?', 'Yes')], **HOT)
+  found = chat.chat(RED, 'No', history=[('red?', 'Yes')], **HOT)
   turns = (
-      ('human', '<image>\nIs it red?'),
+      ('human', '<image>\nred?'),
       ('gpt', 'Yes'),
-      ('human', 'And now?'),
+      ('human', 'No'),
   )
   request = chat_lib.Request(turns, (RED,))
   assert chat.generate([request], **HOT, batch_size=1) == [found]
-  assert chat.chat(RED, 'And now?', **HOT) != found
+  assert chat.chat(RED, QUESTION, **HOT) != found
 
 
 def test_the_trace_of_generation_is_that_of_the_whole_conversation(chat):
-  request = requests.conversation(RED, 'Is it red?', ())
+  request = requests.conversation(RED, QUESTION, ())
   (answer,) = chat.answer(
       [request],
       [sampling.Options(temperature=1.5)],
       **ASK,
-      batch_size=2,
+      batch_size=1,
       trace=True,
   )
   made = answer.routing
@@ -123,27 +133,27 @@ def test_the_trace_of_generation_is_that_of_the_whole_conversation(chat):
 
 
 def test_trace_includes_the_answer(chat):
-  traced = chat.trace(RED, 'Is it red?', 'Yes')
+  traced = chat.trace(RED, QUESTION, 'Yes')
   text = chat.tokenizer.decode(traced.tokens_T[traced.is_answer_T])
   assert text.strip() == 'Yes'
   assert traced.tokens_T[-1] == chat.tokenizer.eos_id
-  own = chat.trace(RED, 'Is it red?', **ASK)
+  own = chat.trace(RED, QUESTION, **ASK)
   text = chat.tokenizer.decode(own.tokens_T[own.is_answer_T])
-  assert text.strip() == chat.chat(RED, 'Is it red?', **ASK)
+  assert text.strip() == chat.chat(RED, QUESTION, **ASK)
 
 
 def test_the_door_splits_a_model_over_a_mesh(checkpoint_dir, chat):
-  sizes = {'data': 2, 'fsdp': 1, 'expert': 2, 'tensor': 2}
+  sizes = {'data': 1, 'fsdp': 2, 'expert': 2, 'tensor': 2}
   mesh = sharding.make_mesh(
       dataclasses.replace(tiny.train_config().mesh, **sizes)
   )
   split = moellava_jax.load(checkpoint_dir, mesh=mesh)
   kernel = split.params['llm']['layers_0']['moe']['experts']['fc1']['kernel']
-  assert kernel.addressable_shards[0].data.size * 4 == kernel.size
+  assert kernel.addressable_shards[0].data.size * 8 == kernel.size
   assert split.digest == chat.digest
-  texts = ['Is it red?', 'Is it?', 'Yes?', 'Which?']
-  expected = chat.chat([RED, GREEN] * 2, texts, **ASK)
-  assert split.chat([RED, GREEN] * 2, texts, **ASK) == expected
+  asked = [requests.conversation(image, QUESTION, ()) for image in (RED, GREEN)]
+  expected = chat.generate(asked, **ASK, batch_size=4)
+  assert split.generate(asked, **ASK, batch_size=4) == expected
 
 
 @pytest.mark.parametrize(
@@ -168,13 +178,13 @@ def test_what_cannot_be_is_named(chat, image, text, options, message):
 
 
 def test_a_conversation_that_is_too_long_is_refused_before_it_is_asked(chat):
-  short = chat._replace(max_positions=30)
-  length = len(chat.encode(requests.conversation(RED, 'Hi', ())).tokens_L)
-  assert short.chat(RED, 'Hi', max_new_tokens=30 - length) is not None
-  message = f'30 new tokens takes {length + 30} positions, .* made for 30'
+  length = len(chat.encode(requests.conversation(RED, QUESTION, ())).tokens_L)
+  short = chat._replace(max_positions=length + 8)
+  assert short.chat(RED, QUESTION, **ASK) == chat.chat(RED, QUESTION, **ASK)
+  message = f'9 new tokens takes {length + 9} positions, .* for {length + 8}'
   for options in ({}, {'stream': True}):
     with pytest.raises(config.UserError, match=message):
-      short.chat(RED, 'Hi', max_new_tokens=30, **options)
+      short.chat(RED, QUESTION, max_new_tokens=9, **options)
 
 
 def test_a_dense_model_has_no_trace(dense_dir):
@@ -187,10 +197,10 @@ def test_stop_strings_and_options_compile_nothing(chat):
   def compiled():
     return generate._start._cache_size(), generate._advance._cache_size()
 
-  chat.chat(RED, 'Is it red?', **ASK)
+  chat.chat(RED, QUESTION, **ASK)
   before = compiled()
-  chat.chat(RED, 'Is it blue?', **HOT, top_k=3, top_p=0.5, seed=9)
-  chat.chat(RED, 'Is it blue?', **ASK, stop=('e', '<|extra_0|>'))
-  chat.chat(RED, 'Is it?', max_new_tokens=5)
-  list(chat.chat(RED, 'Is it red?', **ASK, stream=True))
+  chat.chat(RED, QUESTION[::-1], **HOT, top_k=3, top_p=0.5, seed=9)
+  chat.chat(RED, QUESTION[::-1], **ASK, stop=('e', '<|extra_0|>'))
+  chat.chat(RED, QUESTION[:-2], max_new_tokens=5)
+  list(chat.chat(RED, QUESTION, **ASK, stream=True))
   assert compiled() == before

@@ -31,7 +31,9 @@ def prompts(chat):
   return [
       chat.encode(
           requests.conversation(
-              Image.new('RGB', (9, 7), colour), 'Is there a ' + 'red ' * n, ()
+              Image.new('RGB', (9, 7), colour),
+              'Which colour is it?'[n:],
+              (),
           )
       )
       for n, colour in enumerate(COLOURS)
