@@ -32,6 +32,8 @@ def test_pieces_together_are_the_text(tokenizer):
   assert ''.join(pieces) == tokenizer.decode(ids).strip() == TEXT.strip()
   assert stream.finish_reason == 'length'
   assert stream.new_tokens == len(ids)
+  (piece, *_), _ = _pieces(tokenizer, _ids(tokenizer, ' red'), stop=('x',))
+  assert piece == 'red'  # A token with the space in front.
   # A piece with every token but where a character or a space is open.
   assert sum(map(bool, pieces)) > len(TEXT) / 3
 
