@@ -74,6 +74,7 @@ class Llava(nn.Module):
       *,
       train: bool,
       cache: tuple[attention.KVCache, ...] | None = None,
+      logits_at_B: jax.Array | None = None,
   ) -> LlavaOutput:
     """Next-token logits for every position.
 
@@ -85,6 +86,8 @@ class Llava(nn.Module):
         no row has an image (decoding).
       train: dropout, sampled routing and training capacity.
       cache: written at `positions_BT`; attention then sees the cache only.
+      logits_at_B: int32, the only column of each row that needs logits, which
+        are then `[B, 1, V]`. Those of a long prompt are larger than the model.
     """
     is_token_BT = segment_ids_BT > 0
     is_image_BT = (tokens_BT == config.IMAGE_TOKEN) & is_token_BT
@@ -101,7 +104,7 @@ class Llava(nn.Module):
     if cache is None:
       mask_BTS = attention.causal_mask(segment_ids_BT)
     else:
-      mask_BTS = attention.cache_mask(positions_BT, cache[0].k_BSKd.shape[1])
+      mask_BTS = attention.cache_mask(positions_BT, cache[0].k_BKSd.shape[2])
     out = self.llm(
         x_BTD,
         positions_BT,
@@ -111,7 +114,12 @@ class Llava(nn.Module):
         cache,
         train=train,
     )
-    return LlavaOutput(self.llm.logits(out.hidden_BTD), out.moe, out.cache)
+    hidden_BTD = out.hidden_BTD
+    if logits_at_B is not None:
+      hidden_BTD = jnp.take_along_axis(
+          hidden_BTD, logits_at_B[:, None, None], axis=1
+      )
+    return LlavaOutput(self.llm.logits(hidden_BTD), out.moe, out.cache)
 
 
 def forward(
@@ -150,7 +158,7 @@ def init_cache(
     cfg: config.DecoderConfig, batch: int, slots: int, dtype
 ) -> tuple[attention.KVCache, ...]:
   """An empty cache of `slots` positions for each layer."""
-  shape = (batch, slots, cfg.num_kv_heads, cfg.head_dim)
+  shape = (batch, cfg.num_kv_heads, slots, cfg.head_dim)
   return tuple(
       attention.KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
       for _ in range(cfg.depth)

@@ -4,7 +4,6 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from moellava_jax import config, sharding
 from moellava_jax.infer import generate, sampling
@@ -12,61 +11,71 @@ from moellava_jax.model import llava
 from tests import tiny
 
 END = 3
+NEW = 6
 
 
 def _prompts(cfg, count=5, seed=0):
+  """Prompts of one bucket; those of odd numbers are text alone."""
   rng = np.random.default_rng(seed)
   size, patches = cfg.vision.image_size, cfg.vision.num_tokens
   prompts = []
   for n in range(count):
-    text = rng.integers(4, cfg.llm.vocab_size, 2 + 3 * n)
+    text = rng.integers(4, cfg.llm.vocab_size, 17 + n)
     images = np.zeros((0, size, size, 3), np.uint8)
-    if n % 2 == 0:  # The others are text alone.
-      text[1:1] = []
-      text = np.concatenate([[5], [config.IMAGE_TOKEN] * patches, text])
+    if n % 2 == 0:
+      text[1 : 1 + patches] = config.IMAGE_TOKEN
       images = rng.integers(0, 256, (1, size, size, 3), np.uint8)
     prompts.append(generate.Prompt(text.astype(np.int32), images))
   return prompts
 
 
-def _generate(cfg, params, prompts, rows, *, first_row=0, **changes):
-  options = generate.Options(6, 0.0, 1.0, 0)._replace(**changes)
-  return generate.generate(
+def _generate(
+    cfg, params, prompts, rows, *, end=END, first_seed=0, mesh=None, **options
+):
+  """New tokens of each prompt, without the end; seeds count from the first."""
+  batch = generate.Batch(
       llava.Llava(cfg),
       params,
       prompts,
-      options,
-      eos_id=END,
+      [
+          sampling.Options(**options)._replace(seed=first_seed + n)
+          for n in range(len(prompts))
+      ],
+      max_new_tokens=NEW,
+      ends=(end,),
       rows=rows,
-      mesh=sharding.data_mesh(),
-      first_row=first_row,
+      mesh=sharding.data_mesh() if mesh is None else mesh,
   )
+  batch.advance(NEW, np.zeros(rows, bool))
+  answers = []
+  for tokens in batch.tokens()[: len(prompts)]:
+    ends = np.flatnonzero(tokens == end)
+    answers.append(tokens[: ends[0] if len(ends) else None])
+  return answers
 
 
-@pytest.mark.parametrize('moe', [False, True])
-@pytest.mark.parametrize('temperature', [0.0, 0.8])
-def test_a_ragged_batch_equals_one_by_one(moe, temperature):
-  cfg = tiny.model_config(moe=tiny.moe_config() if moe else None)
+def test_a_ragged_batch_equals_one_by_one():
+  cfg = tiny.model_config(moe=tiny.moe_config())
   params, prompts = tiny.params_of(cfg), _prompts(cfg)
-  together = _generate(cfg, params, prompts, 8, temperature=temperature)
-  for n, prompt in enumerate(prompts):
-    (alone,) = _generate(
-        cfg, params, [prompt], 1, temperature=temperature, first_row=n
-    )
-    np.testing.assert_array_equal(together[n], alone)
+  for options in ({}, {'temperature': 0.8}, {'temperature': 2.0, 'top_k': 9}):
+    together = _generate(cfg, params, prompts, 8, **options)
+    assert len({tuple(answer) for answer in together}) > 1
+    for n, prompt in enumerate(prompts):
+      (alone,) = _generate(cfg, params, [prompt], 1, first_seed=n, **options)
+      np.testing.assert_array_equal(together[n], alone)
 
 
 def test_greedy_equals_the_argmax_of_full_recomputation():
   cfg = tiny.model_config(moe=tiny.moe_config())
   params, prompts = tiny.params_of(cfg), _prompts(cfg, 3)
   for prompt, answer in zip(
-      prompts, _generate(cfg, params, prompts, 4), strict=True
+      prompts, _generate(cfg, params, prompts, 8), strict=True
   ):
     tokens = list(prompt.tokens_L)
     expected = []
     while len(expected) < 6:
       # One length for all, so that one program serves: the rest is padding.
-      length = 24
+      length = 32
       row = np.zeros((1, length), np.int32)
       row[0, : len(tokens)] = tokens
       data = tiny.batch(cfg, rows=1, length=length)._replace(
@@ -88,35 +97,29 @@ def test_greedy_equals_the_argmax_of_full_recomputation():
 
 
 def test_stops_at_the_end_token():
-  cfg = tiny.model_config()
-  params, prompts = tiny.params_of(cfg), _prompts(cfg, 2)
-  first, _ = _generate(cfg, params, prompts, 2)
-  options = generate.Options(6, 0.0, 1.0, 0)
-  again = generate.generate(
-      llava.Llava(cfg),
-      params,
-      prompts,
-      options,
-      eos_id=int(first[2]),
-      rows=2,
-      mesh=sharding.data_mesh(),
-  )[0]
+  cfg = tiny.model_config(moe=tiny.moe_config())
+  params, prompts = tiny.params_of(cfg), _prompts(cfg, 1)
+  (first,) = _generate(cfg, params, prompts, 1)
+  (again,) = _generate(cfg, params, prompts, 1, end=int(first[2]))
   stop = list(first).index(first[2])
   np.testing.assert_array_equal(again, first[:stop])
 
 
-def test_one_program_serves_a_bucket():
+def _compiled():
+  return generate._start._cache_size(), generate._advance._cache_size()
+
+
+def test_one_program_serves_a_bucket_whatever_is_asked():
   cfg = tiny.model_config(width=24)
-  params, prompts = tiny.params_of(cfg), _prompts(cfg, 2)
-  before = generate._generate._cache_size()
-  for prompt in prompts:
-    for cut in (0, 1):
-      shorter = prompt._replace(
-          tokens_L=prompt.tokens_L[: len(prompt.tokens_L) - cut],
-          images_IHWC=prompts[0].images_IHWC,
-      )
-      _generate(cfg, params, [shorter], 2)
-  assert generate._generate._cache_size() == before + 1
+  params, prompts = tiny.params_of(cfg), _prompts(cfg, 5)
+  shown = [p for p in prompts if len(p.images_IHWC)][:2]
+  start, advance = _compiled()
+  _generate(cfg, params, shown, 2)
+  cut = shown[1]._replace(tokens_L=shown[1].tokens_L[:-1])
+  _generate(cfg, params, [cut], 2)  # Shorter, and fewer rows.
+  _generate(cfg, params, shown, 2, temperature=0.7, top_p=0.9, top_k=3)
+  _generate(cfg, params, shown, 2, end=7, first_seed=9)
+  assert _compiled() == (start + 1, advance + 1)
 
 
 def test_buckets_grow_by_half_at_most():
@@ -126,13 +129,41 @@ def test_buckets_grow_by_half_at_most():
   assert all(b <= 1.5 * a for a, b in itertools.pairwise(sizes))
 
 
+def test_image_slots_are_padded_too():
+  assert [generate.image_slots(n) for n in range(6)] == [0, 1, 2, 4, 4, 8]
+  cfg = tiny.model_config()
+  (prompt,) = _prompts(cfg, 1)
+  three = prompt._replace(images_IHWC=np.tile(prompt.images_IHWC, (3, 1, 1, 1)))
+  padded = generate.pad([prompt, three], 4)
+  assert padded.images_BIHWC is not None
+  assert padded.images_BIHWC.shape == (4, 4, 28, 28, 3)
+  assert padded.lengths_B.tolist() == [17, 17, 1, 1]
+
+
+def _drawn(logits_V, count=400, **options):
+  given = sampling.rows(
+      [sampling.Options(seed=n, **options) for n in range(count)], count
+  )
+  logits_BV = jnp.tile(jnp.asarray(logits_V), (count, 1))
+  draw = jax.jit(sampling.choose)
+  return np.asarray(draw(given, logits_BV, jnp.zeros(count, jnp.int32)))
+
+
+LOGITS_V = np.log([0.5, 0.3, 0.15, 0.05], dtype=np.float32)
+
+
 def test_nucleus_keeps_the_smallest_set_of_that_mass():
-  logits_BV = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]] * 400))
-  keys = jax.random.split(jax.random.key(0), 400)
   for top_p, kept in ((0.5, {0}), (0.7, {0, 1}), (0.9, {0, 1, 2}), (1.0, None)):
-    drawn = set(np.asarray(sampling.sample(keys, logits_BV, 1.0, top_p)))
+    drawn = set(_drawn(LOGITS_V, temperature=1.0, top_p=top_p))
     assert drawn == (kept or {0, 1, 2, 3})
-  cold = np.asarray(sampling.sample(keys, logits_BV, 0.01, 1.0))
-  assert set(cold) == {0}
-  share = np.mean(np.asarray(sampling.sample(keys, logits_BV, 1.0, 1.0)) == 0)
+  assert set(_drawn(LOGITS_V, temperature=0.01)) == {0}
+  share = np.mean(_drawn(LOGITS_V, temperature=1.0) == 0)
   assert 0.4 < share < 0.6
+
+
+def test_top_k_keeps_the_largest_and_counts_before_the_nucleus():
+  for top_k, kept in ((1, {0}), (2, {0, 1}), (3, {0, 1, 2}), (9, {0, 1, 2, 3})):
+    assert set(_drawn(LOGITS_V, temperature=1.0, top_k=top_k)) == kept
+  # Of the two largest the first has 0.625; of all it has half.
+  assert set(_drawn(LOGITS_V, temperature=1.0, top_k=2, top_p=0.6)) == {0}
+  assert set(_drawn(LOGITS_V, temperature=1.0, top_p=0.6)) == {0, 1}
