@@ -1,12 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """All that a run reads, checked before anything is compiled."""
 
+from collections.abc import Callable, Iterator
 import dataclasses
+import functools
 import json
 import os
 from typing import Any, NamedTuple
 
+import jax
+
 from moellava_jax import checkpoint, config
+from moellava_jax.data import batch as batch_lib
+from moellava_jax.data import counts as counts_lib
 from moellava_jax.data import pipeline, shapes, sources, templates
 from moellava_jax.data import rows as rows_lib
 from moellava_jax.data import tokenizer as tokenizer_lib
@@ -27,8 +33,15 @@ def read(cfg: config.TrainConfig, stages: list[str]) -> Inputs:
 
   Raises:
     sources.DataError: a row that cannot be used.
-    config.UserError: a tokenizer that fits neither template nor model.
+    config.UserError: a tokenizer that fits neither template nor model; a
+      feature cache for several processes.
   """
+  cached = cfg.data.feature_cache is not None and 'pretrain' in stages
+  if cached and jax.process_count() > 1:
+    raise config.UserError(
+        f'config.data.feature_cache={cfg.data.feature_cache} works for one'
+        f' process, not for {jax.process_count()}; leave it empty.'
+    )
   if cfg.data.shapes is not None:
     task = cfg.data.shapes
     cluster.first('writing Shapes', lambda: shapes.write(task))
@@ -75,27 +88,80 @@ def print_summary(stage: str, examples: pipeline.Examples, path: str) -> None:
       f'{stage}: {len(examples)} rows of {length} positions from {path}'
   )
   if examples.format.data.arrangement == 'packed':
-    plan = examples.in_order()
-    fill = examples.positions / max(len(plan.ends_R) * length, 1)
-    cluster.say(
-        f'{stage}: packed into about {len(plan.ends_R)} rows, {fill:.1%} of'
-        ' their positions filled'
-    )
-  for reason, number in examples.dropped.items():
-    cluster.say(f'{stage}: dropped {number} rows: {reason}')
-  if examples.cut:
-    cluster.say(f'{stage}: cut {examples.cut} rows at position {length}')
-  if examples.blanked:
-    cluster.say(
-        f'{stage}: {examples.blanked} rows teach nothing, as in the original:'
-        ' config.data.parity_mask counts another number of tokens than they'
-        ' have'
-    )
+    _print_packing(stage, examples)
+  _print_counts(stage, examples.counts, length, cluster.say)
   if examples.ignored_answers:
     cluster.say(
         f'{stage}: the {examples.format.template!r} template keeps the first'
         f' exchange of a row; {examples.ignored_answers} answers are left out'
     )
+
+
+def _print_packing(stage: str, examples: pipeline.Examples) -> None:
+  plan, length = examples.in_order(), examples.format.length
+  rows = max(len(plan.ends_R), 1)
+  fill = examples.positions / (rows * length)
+  slots = examples.images / (rows * examples.format.max_images)
+  cluster.say(
+      f'{stage}: packed into about {len(plan.ends_R)} rows, {fill:.1%} of'
+      f' their positions and {slots:.1%} of their image slots filled'
+  )
+  if fill < 0.9 and slots > 0.9:
+    cluster.say(
+        f"{stage}: more would fit into a row with more slots: raise the stage's"
+        f' max_images={examples.format.max_images}, and its row_length if rows'
+        ' are as short as one conversation'
+    )
+
+
+def _print_counts(
+    stage: str,
+    counts: counts_lib.Counts,
+    length: int,
+    say: Callable[[str], object],
+) -> None:
+  """Says what was left out, and why, and what was repaired or cut."""
+  for reason, number in counts.dropped.items():
+    first = counts.first.get(reason)
+    say(
+        f'{stage}: dropped {number} rows: {reason}'
+        + (f'; the first: {first}' if first else '')
+    )
+  for rule, number in counts.repaired.items():
+    say(f'{stage}: repaired {number} rows: {rule}')
+  if counts.cut:
+    say(f'{stage}: cut {counts.cut} rows at position {length}')
+  if counts.blanked:
+    say(
+        f'{stage}: {counts.blanked} rows teach nothing, as in the original:'
+        ' config.data.parity_mask counts another number of tokens than they'
+        ' have'
+    )
+
+
+def aloud(
+    stage: str,
+    examples: pipeline.Examples,
+    batches: Iterator[batch_lib.Batch],
+) -> Iterator[batch_lib.Batch]:
+  """`batches`, naming the first row that is dropped for each reason."""
+  said = set(examples.counts.first)
+  for batch in batches:
+    for reason in examples.counts.first.keys() - said:
+      print(f'{stage}: dropped {examples.counts.first[reason]}', flush=True)
+      said.add(reason)
+    yield batch
+
+
+def print_read(stage: str, examples: pipeline.Examples) -> None:
+  """What became of the rows of large data, of which only a stage that has read
+  them knows. Each process says what it read itself.
+  """
+  if not examples.eager:
+    where = f'{stage}, read by process {jax.process_index()}'
+    length = examples.format.length
+    say = functools.partial(print, flush=True)
+    _print_counts(where, examples.counts, length, say)
 
 
 def _summary(found: Inputs) -> dict[str, str]:
@@ -126,7 +192,7 @@ def _rows(cfg: config.TrainConfig, stage: str) -> rows_lib.Rows:
 def _examples(cfg, stage, tok) -> pipeline.Examples:
   where = cfg.stage_data(stage)
   return _checked(
-      stage, _rows(cfg, stage), where, _format(cfg, stage), where.weights, tok
+      _rows(cfg, stage), where, _format(cfg, stage), where.weights, tok
   )
 
 
@@ -135,15 +201,14 @@ def _held_out(cfg, stage, path: str, tok) -> pipeline.Examples:
   fmt = _format(cfg, stage)
   fmt = fmt._replace(data=dataclasses.replace(fmt.data, decode='exact'))
   rows = sources.read(path, where.images, on_bad=cfg.data.on_bad)
-  return _checked(stage, rows, where, fmt, None, tok)
+  return _checked(rows, where, fmt, None, tok)
 
 
-def _checked(stage, rows, where, fmt, weights, tok) -> pipeline.Examples:
+def _checked(rows, where, fmt, weights, tok) -> pipeline.Examples:
   sources.check_stored(rows, fmt.vision, fmt.data.image_aspect)
   examples = pipeline.Examples(rows, where.images, fmt, tok, weights=weights)
-  examples.dropped.update(rows.dropped)
-  if rows.repaired:
-    cluster.say(f'{stage}: repaired rows, by rule: {dict(rows.repaired)}')
+  examples.counts.dropped.update(rows.dropped)
+  examples.counts.repaired.update(rows.repaired)
   return examples
 
 
