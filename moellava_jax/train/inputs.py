@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """All that a run reads, checked before anything is compiled."""
 
-from collections.abc import Callable, Iterator
 import dataclasses
-import functools
 import json
 import os
 from typing import Any, NamedTuple
@@ -11,13 +9,11 @@ from typing import Any, NamedTuple
 import jax
 
 from moellava_jax import checkpoint, config
-from moellava_jax.data import batch as batch_lib
-from moellava_jax.data import counts as counts_lib
 from moellava_jax.data import pipeline, shapes, sources, templates
 from moellava_jax.data import rows as rows_lib
 from moellava_jax.data import tokenizer as tokenizer_lib
 from moellava_jax.interop import hf, hub, lms
-from moellava_jax.train import cluster, init
+from moellava_jax.train import cluster, data_report, init
 
 
 class Inputs(NamedTuple):
@@ -74,94 +70,11 @@ def _read(
     tokenizer_lib.check_stop(cfg.stage(stage).template, tok)
     where = cfg.stage_data(stage)
     examples[stage] = _examples(cfg, stage, tok)
-    print_summary(stage, examples[stage], where.json)
+    data_report.print_summary(stage, examples[stage], where.json)
     if where.eval_json is not None:
       held_out[stage] = _held_out(cfg, stage, where.eval_json, tok)
-      print_summary(stage, held_out[stage], where.eval_json)
+      data_report.print_summary(stage, held_out[stage], where.eval_json)
   return Inputs(examples, held_out, tok)
-
-
-def print_summary(stage: str, examples: pipeline.Examples, path: str) -> None:
-  """Says what was read, and counts what was left out and why."""
-  length = examples.format.length
-  cluster.say(
-      f'{stage}: {len(examples)} rows of {length} positions from {path}'
-  )
-  if examples.format.data.arrangement == 'packed':
-    _print_packing(stage, examples)
-  _print_counts(stage, examples.counts, length, cluster.say)
-  if examples.ignored_answers:
-    cluster.say(
-        f'{stage}: the {examples.format.template!r} template keeps the first'
-        f' exchange of a row; {examples.ignored_answers} answers are left out'
-    )
-
-
-def _print_packing(stage: str, examples: pipeline.Examples) -> None:
-  plan, length = examples.in_order(), examples.format.length
-  rows = max(len(plan.ends_R), 1)
-  fill = examples.positions / (rows * length)
-  slots = examples.images / (rows * examples.format.max_images)
-  cluster.say(
-      f'{stage}: packed into about {len(plan.ends_R)} rows, {fill:.1%} of'
-      f' their positions and {slots:.1%} of their image slots filled'
-  )
-  if fill < 0.9 and slots > 0.9:
-    cluster.say(
-        f"{stage}: more would fit into a row with more slots: raise the stage's"
-        f' max_images={examples.format.max_images}, and its row_length if rows'
-        ' are as short as one conversation'
-    )
-
-
-def _print_counts(
-    stage: str,
-    counts: counts_lib.Counts,
-    length: int,
-    say: Callable[[str], object],
-) -> None:
-  """Says what was left out, and why, and what was repaired or cut."""
-  for reason, number in counts.dropped.items():
-    first = counts.first.get(reason)
-    say(
-        f'{stage}: dropped {number} rows: {reason}'
-        + (f'; the first: {first}' if first else '')
-    )
-  for rule, number in counts.repaired.items():
-    say(f'{stage}: repaired {number} rows: {rule}')
-  if counts.cut:
-    say(f'{stage}: cut {counts.cut} rows at position {length}')
-  if counts.blanked:
-    say(
-        f'{stage}: {counts.blanked} rows teach nothing, as in the original:'
-        ' config.data.parity_mask counts another number of tokens than they'
-        ' have'
-    )
-
-
-def aloud(
-    stage: str,
-    examples: pipeline.Examples,
-    batches: Iterator[batch_lib.Batch],
-) -> Iterator[batch_lib.Batch]:
-  """`batches`, naming the first row that is dropped for each reason."""
-  said = set(examples.counts.first)
-  for batch in batches:
-    for reason in examples.counts.first.keys() - said:
-      print(f'{stage}: dropped {examples.counts.first[reason]}', flush=True)
-      said.add(reason)
-    yield batch
-
-
-def print_read(stage: str, examples: pipeline.Examples) -> None:
-  """What became of the rows of large data, of which only a stage that has read
-  them knows. Each process says what it read itself.
-  """
-  if not examples.eager:
-    where = f'{stage}, read by process {jax.process_index()}'
-    length = examples.format.length
-    say = functools.partial(print, flush=True)
-    _print_counts(where, examples.counts, length, say)
 
 
 def _summary(found: Inputs) -> dict[str, str]:

@@ -16,6 +16,7 @@ from moellava_jax.train import (
     about,
     agree,
     cluster,
+    data_report,
     diagnose,
     features,
     feed,
@@ -233,7 +234,7 @@ class _StageRun:
         first,
         share=self._share(),
     )
-    batches = inputs.aloud(self._stage, self._examples, batches)
+    batches = data_report.aloud(self._stage, self._examples, batches)
     if self._stage == 'pretrain' and self._cfg.data.feature_cache is not None:
       batches = features.Cache(
           self._cfg.data.feature_cache,
@@ -415,7 +416,7 @@ class _StageRun:
   def _print_end(self) -> None:
     """Says what saving has cost since the stage was begun or resumed, and what
     was dropped."""
-    inputs.print_read(self._stage, self._examples)
+    data_report.print_read(self._stage, self._examples)
     saved, total = self._checkpoints, time.monotonic() - self._began
     if saved.count:
       cluster.say(

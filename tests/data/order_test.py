@@ -13,7 +13,7 @@ import pytest
 
 from moellava_jax import config
 from moellava_jax.data import grouping, order, pipeline, shuffling, sources
-from moellava_jax.train import inputs
+from moellava_jax.train import data_report
 from tests.data import conversations
 
 ARRANGEMENTS = ('shuffled', 'grouped', 'packed')
@@ -48,12 +48,13 @@ def test_the_order_of_a_seed_never_changes():
 def test_an_epoch_has_each_conversation_once(folder, arrangement):
   layout = _data(folder, arrangement).layout(3, 4)
   first = layout.rows(1)
+  ends = [layout.rows(epochs) for epochs in range(5)]
   epochs = [
       [int(i) for r in range(begin, end) for i in layout[r]]
-      for begin, end in ((0, first), (first, layout.rows(2)))
+      for begin, end in itertools.pairwise(ends)
   ]
-  assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(27))
-  assert epochs[0] != epochs[1]
+  assert [sorted(epoch) for epoch in epochs] == [list(range(27))] * 4
+  assert len(set(map(tuple, epochs))) == 4
   if arrangement == 'packed':
     assert first < 27
   if arrangement == 'grouped':
@@ -135,12 +136,12 @@ def test_what_is_left_out_anywhere_is_counted_here(
   assert not data.counts.dropped
   two_epochs = pipeline.steps(data, 4, 7, 2.0)
   found = pipeline.train_batches(data, 4, 7, 0, share=np.arange(4))
-  batches = inputs.aloud('moe', data, found)
+  batches = data_report.aloud('moe', data, found)
   for _ in range(two_epochs):
     next(batches)
   assert data.counts.dropped == {'unreadable image': 1}  # Twice, one row.
   assert data.counts.repaired == {'a format that is not what the name says': 2}
-  inputs.print_read('moe', data)
+  data_report.print_read('moe', data)
   first, *rest = capsys.readouterr().out.splitlines()
   assert 'rows.json row 0 (id row0): ' in first and 'bad.png' in first
   assert 'dropped 1 rows: unreadable image; the first: ' in rest[0]
