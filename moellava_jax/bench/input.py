@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """How full rows are, how fast images are read, what the rest of input costs.
 
-  python -m moellava_jax.bench.input --out=DIR
+  python -m moellava_jax.bench.input --out=moellava_jax/bench/results
 
-All figures are ratios of medians of interleaved runs, in CPU seconds of one
-core, so that they mean something on a busy machine too. The photographs are
+`results/input.json` is what it wrote, at the revision that it names. All figures
+are ratios of medians of interleaved runs, in CPU seconds of one core, so that
+they mean something on a busy machine too. The photographs are
 those of scikit-image (extra `test`).
 """
 
 from collections.abc import Callable, Sequence
+from importlib import metadata
 import io
 import json
 import pathlib
@@ -32,6 +34,7 @@ from moellava_jax.data import (
     templates,
 )
 from moellava_jax.data import tokenizer as tokenizer_lib
+from moellava_jax.train import about
 
 _OUT = flags.DEFINE_string('out', None, 'Folder for input.json.')
 _ROWS = flags.DEFINE_integer('rows', 665_298, 'Rows of the histogram.')
@@ -104,7 +107,8 @@ def packing_fill(rows: int) -> list[dict[str, Any]]:
   for row_length in ROW_LENGTHS:
     cut_N = np.minimum(lengths_N, row_length)
     slots = row_length // 800  # An image and the text that is usual with it.
-    known = order.Known(np.zeros(len(cut_N), int), cut_N, images_N, None)
+    source_N = np.zeros(len(cut_N), int)
+    known = order.Known(('all',), source_N, cut_N, images_N, None)
     plan = order.Plan('packed', None, 1, 1, row_length, slots)
     began = time.process_time()
     packed = order.Layout(plan, known, 0).rows(1)
@@ -297,6 +301,11 @@ def main(argv) -> None:
   if len(argv) > 1:
     raise app.UsageError(f'Unexpected arguments: {argv[1:]}.')
   result = {
+      'revision': about.revision(),
+      'versions': {
+          name: metadata.version(name)
+          for name in ('numpy', 'pillow', 'simplejpeg', 'grain')
+      },
       'rows': _ROWS.value,
       'assumptions': {
           'sources': [source._asdict() for source in SOURCES],

@@ -5,12 +5,13 @@ from typing import Any
 
 import numpy as np
 
-from moellava_jax.data import inspection, published
+from moellava_jax.data import census as census_lib
+from moellava_jax.data import published
 
 _EXAMPLES = 20  # Rows named for each reason.
 
 
-def to_json(census: inspection.Census, unit: str) -> dict[str, Any]:
+def to_json(census: census_lib.Census, unit: str) -> dict[str, Any]:
   """The content of report.json."""
   lengths_N = np.array(census.lengths or [0])
   examples: dict[str, list[str]] = {}
@@ -53,7 +54,7 @@ def _published(source: str, rows: int) -> dict[str, Any] | None:
   }
 
 
-def show(census: inspection.Census) -> None:
+def show(census: census_lib.Census) -> None:
   """Prints the tables."""
   from rich import console, table
 
@@ -94,7 +95,7 @@ def show(census: inspection.Census) -> None:
 
 
 def histogram(
-    census: inspection.Census, path: str, unit: str, row_length: int | None
+    census: census_lib.Census, path: str, unit: str, row_length: int | None
 ) -> None:
   """Writes a PNG: how many rows have which length."""
   from matplotlib import figure

@@ -7,25 +7,26 @@ its file and number; with `on_bad=skip` it is counted, and no row stops it.
 
 Read as it is, in both modes:
 
-  a byte order mark, UTF-16          decoded
-  ids that repeat, or are numbers    kept: LLaVA's mixes are full of them
-  NaN, or anything, in other fields  not looked at
-  a first turn from gpt              left out, as in the original
-  a last question without answer     kept, not supervised
-  any image file that Pillow reads   whatever its name says; the first frame
-                                     of an animation, CMYK and palettes as RGB,
-                                     grey of 16 bits clipped at 255: all this as
-                                     in the original
+  ids that are numbers, other fields not looked at
+  ./ and ../ in a path               if it stays below the image root
+  any image file that Pillow reads   palettes and transparency as the original
+                                     does; text behind its end
 
 Repaired:
 
+  a byte order mark, UTF-16, UTF-32  left out; decoded
+  NaN, infinities, endless numbers   null in their place, in any field
   lone surrogates, bytes not UTF-8   U+FFFD in their place
   an id that is no text or number,   the number of the row
   or longer than 256 characters
+  an id that a row before it has     the number of the row behind it
   user, assistant, Human, GPT, ...   human, gpt
-  a first turn from system           left out
+  a first turn from system, or gpt   left out, the latter as in the original
+  a last question without answer     kept, not supervised
   an empty question or answer        the exchange is left out, its `<image>`
                                      marks go to the next question
+  more than 131072 characters        kept; cut where its row ends, or dropped
+                                     (`on_long`)
   "image": null, "" or []            no image, if there is no mark either
   images, but no mark at all         a mark each, before the first question
   marks beyond the images, in        removed there: they are text
@@ -33,12 +34,18 @@ Repaired:
   X.jpg is missing, X.gif or X.png   that file (OCR-VQA is like this); also
   is there; X has no extension       other capitals
   a\b.jpg, spaces around a path      a/b.jpg
+  a PNG called X.jpg                 read as what it is
+  an animation                       its first frame
+  CMYK; grey of more than 8 bits     RGB; clipped at 255: as in the original
 
 Dropped, by reason: see `REASONS`. An image is opened by `prepare`, or when
-training first needs it (`images.decode`).
+training first needs it (`images.examine`); one of more than 89 million pixels,
+or of a single one, is unreadable. What `prepare` or `builders` wrote was
+checked then.
 """
 
 from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 import re
 from typing import Any, NamedTuple
 
@@ -61,9 +68,13 @@ REASONS = (
     'missing image',
     'unreadable image',
     'malformed attributes',
+    # When it is made a row of training (`examples`):
+    'images or answers beyond the end of the row',
+    'longer than the row',
 )
 _SURROGATE = re.compile('[\ud800-\udfff]')
 _LONGEST_ID = 256
+_LONGEST_ROW = 1 << 17  # Characters; some 30,000 tokens.
 
 
 class Dropped(NamedTuple):
@@ -72,6 +83,28 @@ class Dropped(NamedTuple):
   where: str
   reason: str
   message: str
+
+
+class Raw(NamedTuple):
+  """A row of a file, before anything about it is known."""
+
+  value: Any  # Or `stream.Broken`.
+  path: str
+  number: int
+  rules: tuple[str, ...]  # By which its text was made readable.
+  first: int | None  # The row before it that has its id.
+
+
+def read(
+    path: str, watch: Callable[[int], object] | None = None
+) -> Iterator[Raw]:
+  """Yields the rows of a file, see `stream.read`."""
+  seen: dict[int, int] = {}  # Hashes of ids: of millions, in little memory.
+  for number, (value, rules) in enumerate(stream.read(path, watch)):
+    first = None
+    if isinstance(value, dict) and (identity := _usable_id(value)) is not None:
+      first = seen.setdefault(hash(identity), number)
+    yield Raw(value, path, number, rules, None if first == number else first)
 
 
 class Checker:
@@ -93,15 +126,15 @@ class Checker:
   def reasons(self) -> Counter[str]:
     return Counter(drop.reason for drop in self.dropped)
 
-  def row(self, raw: Any, path: str, number: int) -> rows.Row | None:
-    """The row `number` of the file `path`; None: it is dropped.
+  def row(self, raw: Raw) -> rows.Row | None:
+    """The row; None: it is dropped.
 
     Raises:
       DataError: `on_bad=error`, and the row is not as it should be.
     """
-    notes = _Notes(f'{path} row {number}', self._strict)
+    notes = _Notes(f'{raw.path} row {raw.number}', self._strict)
     try:
-      row = _row(raw, number, self._root, self._attributes, notes)
+      row = _row(raw, self._root, self._attributes, notes)
     except rows.BadRowError as error:
       self.drop(notes.where, error.reason, str(error))
       return None
@@ -116,6 +149,20 @@ class Checker:
           ' --config.data.on_bad=skip.'
       )
     self.dropped.append(Dropped(where, reason, message))
+
+  def image(self, where: str, path: str, rules: Sequence[str]) -> None:
+    """Counts by which rules an image of a row was opened, or stops."""
+    if rules and self._strict:
+      raise rows.DataError(odd_image(where, path, rules[0]))
+    self.repaired.update(set(rules) - set(self.repaired))
+
+
+def odd_image(where: str, path: str, rule: str) -> str:
+  """The message that stops at an image which a rule would repair."""
+  return (
+      f'{where}: image {path!r} is not what it should be. With'
+      f' --config.data.on_bad=skip: {rule}.'
+  )
 
 
 class _Notes:
@@ -148,22 +195,31 @@ class _Notes:
     return _SURROGATE.sub('\ufffd', value)
 
 
-def _row(raw: Any, number, root, with_attributes: bool, notes) -> rows.Row:
-  if isinstance(raw, stream.Broken):
-    raise rows.BadRowError('not JSON', raw.message)
-  if not isinstance(raw, dict):
+def _row(raw: Raw, root: str, with_attributes: bool, notes) -> rows.Row:
+  value = raw.value
+  if isinstance(value, stream.Broken):
+    raise rows.BadRowError('not JSON', value.message)
+  for rule in raw.rules:
+    notes.repair(rule, 'is not written as JSON is.')
+  if not isinstance(value, dict):
     raise notes.bad(
-        'not an object', f'is a {type(raw).__name__}; expected an object.'
+        'not an object', f'is a {type(value).__name__}; expected an object.'
     )
-  identity = _identity(raw, number, notes)
+  identity = _identity(raw, notes)
   notes.where += f' (id {identity})'
-  if raw.get('video'):
+  if value.get('video'):
     raise notes.bad('video', 'has a "video"; only images are supported.')
-  turns = check_turns.turns(raw.get('conversations'), notes)
-  paths = check_images.paths(raw, notes)
+  turns = check_turns.turns(value.get('conversations'), notes)
+  length = sum(len(turn.value) for turn in turns)
+  if length > _LONGEST_ROW:
+    notes.repair(
+        f'more than {_LONGEST_ROW} characters: cut at the end of its row',
+        f'has {length} characters; expected at most {_LONGEST_ROW}.',
+    )
+  paths = check_images.paths(value, notes)
   attributes = None
   if with_attributes:  # Whose questions are empty, and have no marks.
-    attributes = _attributes(raw, notes)
+    attributes = _attributes(value, notes)
   else:
     turns = check_turns.marked(turns, paths, notes)
     turns = check_turns.without_empty(turns, notes)
@@ -176,16 +232,31 @@ def _row(raw: Any, number, root, with_attributes: bool, notes) -> rows.Row:
   )
 
 
-def _identity(raw: dict[str, Any], number: int, notes) -> str:
-  value = raw.get('id', number)
+def _usable_id(row: dict[str, Any]) -> str | None:
+  value = row.get('id')
   if isinstance(value, str | int | float) and len(str(value)) <= _LONGEST_ID:
-    return notes.text(str(value), '"id"')
+    return str(value)
+  return None
+
+
+def _identity(raw: Raw, notes) -> str:
+  if 'id' not in raw.value:
+    return str(raw.number)
+  if (identity := _usable_id(raw.value)) is None:
+    notes.repair(
+        'the number of the row for an "id" that is none',
+        f': "id" is {str(raw.value["id"])[:60]!r}; expected a text of at most'
+        f' {_LONGEST_ID} characters.',
+    )
+    return str(raw.number)
+  identity = notes.text(identity, '"id"')
+  if raw.first is None:
+    return identity
   notes.repair(
-      'the number of the row for an "id" that is none',
-      f': "id" is {str(value)[:60]!r}; expected a text of at most'
-      f' {_LONGEST_ID} characters.',
+      'the number of the row behind an "id" that repeats',
+      f': "id" is {identity!r}, as of row {raw.first}.',
   )
-  return str(number)
+  return f'{identity}#{raw.number}'
 
 
 def _attributes(raw: dict[str, Any], notes) -> list[list[int]]:

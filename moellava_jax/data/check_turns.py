@@ -37,8 +37,13 @@ def turns(raw: Any, notes) -> list[Turn]:
         'turn 0 is from \'system\'; expected "human" or "gpt".',
     )
     turns = turns[1:]
-  if turns and turns[0].role == 'gpt':  # As in the original.
+  if turns and turns[0].role == 'gpt':
     turns = turns[1:]
+    if turns:
+      notes.repair(
+          'a first turn from "gpt" left out',
+          'begins with an answer; expected human, then gpt.',
+      )
   for place, (number, role, _) in enumerate(turns):
     if role != _KNOWN[place % 2]:
       raise notes.bad(
@@ -47,6 +52,11 @@ def turns(raw: Any, notes) -> list[Turn]:
       )
   if len(turns) < 2:
     raise notes.bad('no answer', 'has no answer; expected human, then gpt.')
+  if len(turns) % 2:
+    notes.repair(
+        'a last question without answer kept, not supervised',
+        'ends with a question; expected an answer to it.',
+    )
   return turns
 
 

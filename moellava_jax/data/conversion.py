@@ -15,13 +15,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import moellava_jax
+from moellava_jax.data import census as census_lib
 from moellava_jax.data import (
     census_report,
+    check,
     inspection,
     lengths,
     records,
     rows,
-    stream,
+    shards,
 )
 from moellava_jax.data import tokenizer as tokenizer_lib
 
@@ -55,8 +57,8 @@ def run(options: Options, settings: inspection.Settings) -> dict[str, Any]:
       print(f'{options.out} is complete; nothing to do.')
       with open(os.path.join(options.out, 'report.json')) as file:
         return json.load(file)
-    census, shards = _write_shards(options, settings, plan)
-    manifest = _manifest(plan, shards, settings)
+    census, written = _write_shards(options, settings, plan)
+    manifest = _manifest(plan, written, settings)
   if not census.total('kept'):
     raise rows.DataError(
         f'{",".join(options.json)}: no usable row; dropped:'
@@ -74,7 +76,7 @@ def run(options: Options, settings: inspection.Settings) -> dict[str, Any]:
 
 
 def _write_report(options: Options, census, report, unit: str) -> None:
-  records.write_json(os.path.join(options.out, 'report.json'), report)
+  shards.write_json(os.path.join(options.out, 'report.json'), report)
   census_report.histogram(
       census, os.path.join(options.out, 'lengths.png'), unit, options.row_length
   )
@@ -84,8 +86,8 @@ def _write_report(options: Options, census, report, unit: str) -> None:
       file.write(json.dumps(drop._asdict()) + '\n')
 
 
-def _report_only(options, settings) -> inspection.Census:
-  census = inspection.Census()
+def _report_only(options, settings) -> census_lib.Census:
+  census = census_lib.Census()
   seen: set[str] = set()
   with inspection.Pool(settings, options.workers) as pool, _Bar(
       options.json
@@ -148,8 +150,8 @@ def _write_shards(options: Options, settings, plan):
         f'{options.out} is not empty, and not of this command; choose another'
         ' --out.'
     )
-  records.write_json(begun, plan)
-  census, shards = inspection.Census(), []
+  shards.write_json(begun, plan)
+  census, written = census_lib.Census(), []
   places: dict[str, tuple[int, int]] = {}  # Of the images.
   with inspection.Pool(settings, options.workers) as pool, _Bar(
       options.json
@@ -167,16 +169,16 @@ def _write_shards(options: Options, settings, plan):
             itertools.chain([first], batch), places.__contains__
         )
         shard = _shard(options.out, number, found, places, bar)
-      part = inspection.Census.from_json(shard.pop('census'))
+      part = census_lib.Census.from_json(shard.pop('census'))
       for record, path in enumerate(shard.pop('paths')):
         places[path] = number, record
       census.merge(part)
-      shards.append(shard)
-  return census, shards
+      written.append(shard)
+  return census, written
 
 
 def _finished(out: str, number: int) -> dict[str, Any] | None:
-  path = records.description_path(out, number)
+  path = shards.description_path(out, number)
   if not os.path.exists(path):
     return None
   with open(path, encoding='utf-8') as file:
@@ -184,8 +186,8 @@ def _finished(out: str, number: int) -> dict[str, Any] | None:
 
 
 def _shard(out: str, number: int, found, places, bar) -> dict[str, Any]:
-  writer = records.ShardWriter(out, number)
-  census = inspection.Census()
+  writer = shards.ShardWriter(out, number)
+  census = census_lib.Census()
   for item in found:
     census.add(item)
     for path, data in item.files.items():
@@ -198,16 +200,16 @@ def _shard(out: str, number: int, found, places, bar) -> dict[str, Any]:
   return json.loads(json.dumps(writer.finish({'census': census.to_json()})))
 
 
-def _manifest(plan, shards, settings) -> dict[str, Any]:
+def _manifest(plan, written, settings) -> dict[str, Any]:
   return {
       'format': records.FORMAT,
       'version': records.VERSION,
       'moellava_jax': moellava_jax.__version__,
       'plan': plan,
       'stored_as': plan['stored_as'],
-      'shards': shards,
-      'rows': sum(s['rows']['records'] for s in shards if s['rows']),
-      'images': sum(s['images']['records'] for s in shards if s['images']),
+      'shards': written,
+      'rows': sum(s['rows']['records'] for s in written if s['rows']),
+      'images': sum(s['images']['records'] for s in written if s['images']),
       'lengths': [],
   }
 
@@ -221,9 +223,9 @@ def _finish(out: str, manifest, census, settings) -> None:
   manifest['digest'] = records.digest(manifest)
   if key is not None:
     lengths.write(out, manifest['digest'], key, np.array(census.lengths))
-  records.write_json(os.path.join(out, records.MANIFEST), manifest)
+  shards.write_json(os.path.join(out, records.MANIFEST), manifest)
   for shard in manifest['shards']:
-    os.remove(records.description_path(out, shard['number']))
+    os.remove(shards.description_path(out, shard['number']))
   os.remove(os.path.join(out, 'plan.json'))
 
 
@@ -263,7 +265,6 @@ class _Bar:
     self._bar.update(self._task, rows=self._rows)
 
 
-def _raws(paths: tuple[str, ...], bar: _Bar) -> Iterator[inspection.Raw]:
+def _raws(paths: tuple[str, ...], bar: _Bar) -> Iterator[check.Raw]:
   for path in paths:
-    for number, value in enumerate(stream.read(path, bar.read)):
-      yield inspection.Raw(value, path, number)
+    yield from check.read(path, bar.read)

@@ -14,6 +14,7 @@ from moellava_jax.data import tokenizer as tokenizer_lib
 
 # The limit where `row_length` follows the data; the original's text length.
 LONGEST_ROW = 2048
+_BEYOND = 'images or answers beyond the end of the row'
 
 
 class Example(NamedTuple):
@@ -54,6 +55,13 @@ class Format(NamedTuple):
     return LONGEST_ROW if self.row_length is None else self.row_length
 
 
+class Decoded(NamedTuple):
+  """An image as the tower takes it."""
+
+  pixels_HWC: np.ndarray  # uint8.
+  rules: tuple[str, ...]  # See `images.Opened`.
+
+
 class ImageStore:
   """Decoded images of one root, kept in memory while there is room."""
 
@@ -68,7 +76,7 @@ class ImageStore:
     """Args: `decode` is 'exact' or 'fast'; `budget` is in bytes."""
     self._root, self._fast, self._budget = root, decode == 'fast', budget
     self._how = (vision.image_size, aspect, vision.resize, vision.mean)
-    self._kept: dict[str | rows_lib.Stored, np.ndarray] = {}
+    self._kept: dict[str | rows_lib.Stored, Decoded] = {}
     if self._fast:
       jpeg.check()
 
@@ -76,30 +84,30 @@ class ImageStore:
     """For worker processes: each opens what it needs, and keeps none."""
     return {**self.__dict__, '_kept': {}, '_budget': 0}
 
-  def __getitem__(self, path: str | rows_lib.Stored) -> np.ndarray:
-    """uint8 `[H, W, 3]`; raises `images.ImageError` naming the file."""
-    if (pixels_HWC := self._kept.get(path)) is not None:
-      return pixels_HWC
-    pixels_HWC = self._read(path)
-    if pixels_HWC.nbytes <= self._budget:
-      self._budget -= pixels_HWC.nbytes
-      self._kept[path] = pixels_HWC
-    return pixels_HWC
+  def __getitem__(self, path: str | rows_lib.Stored) -> Decoded:
+    """Raises `images.ImageError` naming the file."""
+    if (decoded := self._kept.get(path)) is not None:
+      return decoded
+    decoded = self._read(path)
+    if decoded.pixels_HWC.nbytes <= self._budget:
+      self._budget -= decoded.pixels_HWC.nbytes
+      self._kept[path] = decoded
+    return decoded
 
-  def _read(self, path: str | rows_lib.Stored) -> np.ndarray:
-    if isinstance(path, rows_lib.Stored):
-      return self._decode(path.fetch(), path.key)
+  def _read(self, path: str | rows_lib.Stored) -> Decoded:
+    if isinstance(path, rows_lib.Stored):  # Checked when it was stored.
+      return self._decode(path.fetch(), path.key)._replace(rules=())
     file = images.resolve(self._root, path)
-    if self._fast and file.is_file():
-      return self._decode(file.read_bytes(), str(file))
-    return images.preprocess(images.load(file), *self._how)
+    return self._decode(images.content(file), str(file))
 
-  def _decode(self, data: bytes, name: str) -> np.ndarray:
+  def _decode(self, data: bytes, name: str) -> Decoded:
     if self._fast:
       pixels_HWC = jpeg.preprocess(data, *self._how)
       if pixels_HWC is not None:
-        return pixels_HWC
-    return images.preprocess(images.decode(data, name), *self._how)
+        return Decoded(pixels_HWC, images.misnamed(name, 'JPEG'))
+    opened = images.examine(data, name)
+    pixels_HWC = images.preprocess(opened.image, *self._how)
+    return Decoded(pixels_HWC, opened.rules)
 
 
 @functools.lru_cache(maxsize=4)
@@ -120,17 +128,19 @@ def encode(
   """Renders, tokenises and expands one conversation.
 
   Raises:
-    sources.DataError: the row is longer than `row_length` and may not be cut.
-    sources.DoesNotFitError: an image, or every answer, lies beyond the end, or
-      there are more images than slots.
+    sources.DataError: `parity_mask` knows no mask for it.
+    sources.BadRowError: the row is longer than `row_length` and may not be
+      cut; an image, or every answer, lies beyond the end; there are more
+      images than slots.
   """
   ids_L, supervised_L, cut, blanked = _tokens(row, fmt, tok)
   marks = int(np.sum(ids_L == config.IMAGE_TOKEN))
   paths = row.images if row.attributes is not None else row.images[:marks]
   if len(paths) > fmt.max_images:
-    raise sources.DoesNotFitError(
+    raise sources.BadRowError(
+        _BEYOND,
         f'{row.where} has {len(paths)} images, but a row has'
-        f" max_images={fmt.max_images} slots; raise the stage's max_images."
+        f" max_images={fmt.max_images} slots; raise the stage's max_images.",
     )
   full = len(ids_L)
   if fmt.data.parity_truncation:
@@ -143,10 +153,11 @@ def encode(
     ids_L, supervised_L = _cut(row, fmt, ids_L, supervised_L)
     cut = True
   if not supervised_L[1:].any() and not blanked:
-    raise sources.DoesNotFitError(
+    raise sources.BadRowError(
+        _BEYOND,
         f'{row.where} has no answer within the {fmt.length} positions of a row;'
         " raise the stage's row_length, or drop such rows with"
-        ' --config.data.on_bad=skip.'
+        ' --config.data.on_bad=skip.',
     )
   attributes = None
   if row.attributes is not None:
@@ -181,15 +192,17 @@ def _cut(row, fmt, ids_L, supervised_L):
   """Cuts text at the end of an overlong conversation, never an image."""
   length = fmt.length
   if fmt.data.on_long == 'error':
-    raise sources.DataError(
+    raise sources.BadRowError(
+        'longer than the row',
         f'{row.where} takes {len(ids_L)} positions, but a row has {length};'
         " raise the stage's row_length, or let it be cut with"
-        ' --config.data.on_long=cut.'
+        ' --config.data.on_long=cut.',
     )
   if np.any(ids_L[length:] == config.IMAGE_TOKEN):
-    raise sources.DoesNotFitError(
+    raise sources.BadRowError(
+        _BEYOND,
         f'{row.where}: its images reach beyond the {length} positions of a'
         " row; raise the stage's row_length, or drop such rows with"
-        ' --config.data.on_bad=skip.'
+        ' --config.data.on_bad=skip.',
     )
   return ids_L[:length], supervised_L[:length]

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The conversations of a stage, in rows of a batch: random access to both."""
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from moellava_jax.data import (
     assemble,
+    check,
+    counts,
     encode,
     images,
     lengths,
@@ -30,11 +31,9 @@ class Examples:
   Attributes:
     format: with the row length that was found, if it was open.
     eager: whether the data is small.
-    dropped: rows left out, by reason. What a worker process drops it alone
-      knows.
+    counts: of what was read so far; for large data that grows with the batches
+      that `pipeline` has handed out.
     ignored_answers: answers that the template leaves out.
-    cut: rows whose text was cut at the end.
-    blanked: rows that teach nothing, as in the original.
   """
 
   def __init__(
@@ -53,10 +52,8 @@ class Examples:
     tok: the tokenizer.
     weights: how its sources are mixed; None: every row once an epoch.
     """
-    self.dropped: Counter[str] = Counter()
+    self.counts = counts.Counts()
     self.ignored_answers = 0
-    self.cut = 0
-    self.blanked = 0
     self.format = fmt
     self._tok = tok
     self._store = encode.image_store(
@@ -80,7 +77,12 @@ class Examples:
           f"{fmt.data.cache_mb}, so the longest is not known: set the stage's"
           ' row_length.'
       )
-    self._known = order.Known(source_N, None, None, None)
+    names = (
+        tuple(part.origin for part in rows.parts)
+        if isinstance(rows, rows_lib.Rows)
+        else ('rows',)
+    )
+    self._known = order.Known(names, source_N, None, None, None)
     self._look_through()
     if self.eager:
       self._encode_all()
@@ -92,12 +94,21 @@ class Examples:
 
   def __getitem__(self, index) -> batch_lib.Batch:
     """One conversation as a row."""
-    return self.row([index])
+    row, notes = self.read([index])
+    self.counts.add(notes)
+    return row
 
-  def row(self, items: Iterable[int]) -> batch_lib.Batch:
-    """A row of these conversations."""
-    loaded = [self._load(int(item)) for item in items]
-    return assemble.fill_row([x for x in loaded if x is not None], self.format)
+  def read(
+      self, items: Iterable[int]
+  ) -> tuple[batch_lib.Batch, list[counts.Note]]:
+    """A row of these conversations; changes nothing, so that any process may.
+
+    `counts` does not know the notes yet.
+    """
+    notes: list[counts.Note] = []
+    loaded = [self._load(int(item), notes) for item in items]
+    kept = [x for x in loaded if x is not None]
+    return assemble.fill_row(kept, self.format), notes
 
   @property
   def positions(self) -> int:
@@ -146,7 +157,7 @@ class Examples:
 
   def __getstate__(self):
     """For worker processes, which are sent the layout that they follow."""
-    return {**self.__dict__, '_layouts': {}}
+    return {**self.__dict__, '_layouts': {}, 'counts': counts.Counts()}
 
   def _look_through(self):
     """Finds what needs neither tokens nor pixels."""
@@ -154,30 +165,32 @@ class Examples:
     arrangement = self.format.data.arrangement
     if not template.caption_only and arrangement == 'shuffled':
       return  # Records are not read for nothing.
-    words, counts = [], []
+    words, images_of = [], []
     for row in self._rows:
       self.ignored_answers += templates.ignored_answers(template, row.turns)
       words.append(_words(row))
-      counts.append(len(row.images))
+      images_of.append(len(row.images))
     self._known = self._known._replace(
-        images_N=np.array(counts, np.int32), words_N=np.array(words)
+        images_N=np.array(images_of, np.int32), words_N=np.array(words)
     )
 
   def _encode_all(self):
-    encoded = [self._try(row, pixels=True) for row in _progress(self._rows)]
+    notes: list[counts.Note] = []
+    encoded = [
+        self._try(index, row, notes, pixels=True)
+        for index, row in enumerate(_progress(self._rows))
+    ]
+    self.counts.add(notes)
     kept = [n for n, found in enumerate(encoded) if found is not None]
-    if not kept:
-      raise sources.DataError(
-          f'No usable row is left; dropped: {dict(self.dropped)}.'
-      )
+    self._check_left(bool(kept))
     self._rows = [found.example for found in encoded if found is not None]
     lengths_N = np.array([len(x.tokens_L) for x in self._rows], np.int32)
     words_N = self._known.words_N
-    self._known = order.Known(
-        self._known.source_N[kept],
-        lengths_N,
-        np.array([len(x.images) for x in self._rows], np.int32),
-        None if words_N is None else words_N[kept],
+    self._known = self._known._replace(
+        source_N=self._known.source_N[kept],
+        lengths_N=lengths_N,
+        images_N=np.array([len(x.images) for x in self._rows], np.int32),
+        words_N=None if words_N is None else words_N[kept],
     )
     if self.format.row_length is None:
       longest = int(lengths_N.max())
@@ -199,45 +212,71 @@ class Examples:
     images_N = self._known.images_N
     assert images_N is not None
     odd_N = (lengths_N > fmt.length) | (images_N > fmt.max_images)
+    notes: list[counts.Note] = []
     for n in np.flatnonzero(odd_N):  # What is cut or dropped, `encode` decides.
-      found = self._try(self._rows[int(n)], pixels=False)
+      found = self._try(int(n), self._rows[int(n)], notes, pixels=False)
       lengths_N[n] = 0 if found is None else len(found.example.tokens_L)
       images_N[n] = 0 if found is None else len(found.example.images)
-    if not lengths_N.any():
-      raise sources.DataError(
-          f'No usable row is left; dropped: {dict(self.dropped)}.'
-      )
+    self.counts.add(notes)
+    self._check_left(bool(lengths_N.any()))
     self._known = self._known._replace(lengths_N=lengths_N, images_N=images_N)
 
-  def _load(self, index: int) -> assemble.Loaded | None:
-    found = self._rows[index]
-    if isinstance(found, encode.Example):
-      return assemble.Loaded(
-          found, [self._store[path] for path in found.images]
+  def _check_left(self, any_left: bool) -> None:
+    if not any_left:
+      raise sources.DataError(
+          f'No usable row is left; dropped: {dict(self.counts.dropped)}. The'
+          f' first: {next(iter(self.counts.first.values()), "none")}'
       )
-    return self._try(found, pixels=True)
 
-  def _try(self, row: sources.Row, *, pixels: bool) -> assemble.Loaded | None:
-    """Encodes a row; None: dropped and counted."""
+  def _load(
+      self, index: int, notes: list[counts.Note]
+  ) -> assemble.Loaded | None:
+    found = self._rows[index]
+    if isinstance(found, encode.Example):  # Small data, and noted before.
+      pixels = [self._store[path].pixels_HWC for path in found.images]
+      return assemble.Loaded(found, pixels)
+    return self._try(index, found, notes, pixels=True)
+
+  def _try(
+      self,
+      index: int,
+      row: sources.Row,
+      notes: list[counts.Note],
+      *,
+      pixels: bool,
+  ) -> assemble.Loaded | None:
+    """Encodes a row; None: dropped. Says what befell it in `notes`."""
+    strict = self.format.data.on_bad == 'error'
+    decoded = []
     try:
       example = encode.encode(row, self.format, self._tok)
-      loaded = [self._store[path] for path in example.images] if pixels else []
+      if pixels:
+        decoded = [self._store[path] for path in example.images]
     except images.ImageError as error:
-      if self.format.data.on_bad == 'error':
+      message = f'{row.where}: {error}'
+      if strict:
         raise sources.DataError(
-            f'{row.where}: {error} Repair it, or drop such rows with'
+            f'{message} Repair it, or drop such rows with'
             ' --config.data.on_bad=skip.'
         ) from error
-      self.dropped['unreadable image'] += 1
+      notes.append(counts.Note(index, 'dropped', 'unreadable image', message))
       return None
-    except sources.DoesNotFitError:
-      if self.format.data.on_bad == 'error':
+    except sources.BadRowError as error:
+      if strict:
         raise
-      self.dropped['images or answers beyond the end of the row'] += 1
+      notes.append(counts.Note(index, 'dropped', error.reason, str(error)))
       return None
-    self.cut += example.cut
-    self.blanked += example.blanked
-    return assemble.Loaded(example, loaded)
+    for path, found in zip(example.images, decoded, strict=False):
+      for rule in found.rules:
+        message = check.odd_image(row.where, str(path), rule)
+        if strict:
+          raise sources.DataError(message)
+        notes.append(counts.Note(index, 'repaired', rule, message))
+    if example.cut:
+      notes.append(counts.Note(index, 'cut', 'cut', row.where))
+    if example.blanked:
+      notes.append(counts.Note(index, 'blanked', 'blanked', row.where))
+    return assemble.Loaded(example, [found.pixels_HWC for found in decoded])
 
 
 def _words(row: sources.Row) -> int:

@@ -8,11 +8,13 @@ of an animation the first frame is taken. What is not as in the original: it
 takes the rows of an image 1 or 3 pixels high for channels.
 """
 
+from collections.abc import Iterator
+import contextlib
 import functools
 import io
 import os
 import pathlib
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -27,6 +29,18 @@ _BLOCK = 1 << 24  # Pixels that resizing may hold at a time.
 
 class ImageError(config.UserError):
   """An image that cannot be used; the message names the file."""
+
+
+class Opened(NamedTuple):
+  """An image file that was read completely.
+
+  Attributes:
+    image: RGB.
+    rules: by which of the rules of `check` it became that.
+  """
+
+  image: Image.Image
+  rules: tuple[str, ...]
 
 
 @functools.lru_cache(maxsize=1 << 16)
@@ -59,35 +73,89 @@ def load(path: str | os.PathLike[str]) -> Image.Image:
   """Reads an image file completely, as RGB.
 
   Raises:
-    ImageError: the file is missing, empty, cut short, not an image, or of so
-      many pixels that it may be an attack (Pillow's limit).
+    ImageError: the file is missing, empty, cut short, not an image, or of more
+      than `Image.MAX_IMAGE_PIXELS` (89 million pixels): it may be an attack,
+      and Pillow itself refuses only twice as many.
   """
+  data, name = content(path), os.fspath(path)
+  with _opened(data, name) as image:
+    return _rgb(image)
+
+
+def content(path: str | os.PathLike[str]) -> bytes:
+  """The bytes of an image file; raises ImageError if they cannot be read."""
   try:
-    if os.path.getsize(path) == 0:
-      raise ImageError(f'Image {os.fspath(path)!r} is an empty file.')
-  except FileNotFoundError as error:
-    raise ImageError(f'Image {os.fspath(path)!r} does not exist.') from error
-  return _open(path, os.fspath(path))
+    return pathlib.Path(path).read_bytes()
+  except OSError as error:
+    what = 'cannot be read: ' + str(error.strerror)
+    if isinstance(error, FileNotFoundError):
+      what = 'does not exist'
+    raise ImageError(f'Image {os.fspath(path)!r} {what}.') from error
 
 
-def decode(data: bytes, name: str) -> Image.Image:
-  """`load` for the bytes of a file; `name` stands for it in messages."""
+def examine(data: bytes, name: str) -> Opened:
+  """`load` for the bytes of a file, which are to be trained on.
+
+  Args:
+    data: the content of the file.
+    name: the path, which stands for the file in messages.
+
+  Raises:
+    ImageError: as `load`; or it is a single pixel, which is what servers send
+      in the place of an image that is lost.
+  """
+  with _opened(data, name) as image:
+    if image.size == (1, 1):
+      raise ImageError(f'Image {name!r} is a single pixel.')
+    rules = _rules(image, name)
+    return Opened(_rgb(image), rules)
+
+
+@contextlib.contextmanager
+def _opened(data: bytes, name: str) -> Iterator[Image.Image]:
   if not data:
     raise ImageError(f'Image {name!r} is an empty file.')
-  return _open(io.BytesIO(data), name)
-
-
-def _open(file: Any, name: str) -> Image.Image:
   try:
-    with Image.open(file) as image:
-      image.load()
-      # Pillow would warn that it drops it, which is what we want.
-      image.info.pop('transparency', None)
-      return image.convert('RGB')
+    with Image.open(io.BytesIO(data)) as image:
+      pixels, limit = image.width * image.height, Image.MAX_IMAGE_PIXELS
+      if limit is not None and pixels > limit:
+        raise Image.DecompressionBombError(
+            f'{pixels} pixels; expected at most {limit}'
+        )
+      yield image
+  except ImageError:
+    raise
   except Exception as error:  # Decoders raise almost anything on bad bytes.
     raise ImageError(
         f'Image {name!r} cannot be read: {type(error).__name__}: {error}'
     ) from error
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+  image.load()
+  # Pillow would warn that it drops it, which is what we want.
+  image.info.pop('transparency', None)
+  return image.convert('RGB')
+
+
+def _rules(image: Image.Image, name: str) -> tuple[str, ...]:
+  rules = misnamed(name, image.format or '')
+  # A photograph with a preview beside it (MPO) is no animation.
+  if image.format != 'MPO' and getattr(image, 'is_animated', False):
+    rules += ('the first frame of an animation',)
+  if image.mode == 'CMYK':
+    rules += ('colours of CMYK as RGB',)
+  if image.mode.startswith(('I', 'F')):
+    rules += ('grey beyond 8 bits clipped at 255',)
+  return rules
+
+
+def misnamed(name: str, kind: str) -> tuple[str, ...]:
+  """The rule for a file whose extension says another format than `kind`."""
+  extension = os.path.splitext(name)[1].lower()
+  said = Image.registered_extensions().get(extension, kind)
+  same = {said, kind} == {'JPEG', 'MPO'} or said == kind
+  return () if same else ('a format that is not what the name says',)
 
 
 def preprocess(
@@ -109,17 +177,29 @@ def preprocess(
     mean: RGB in [0, 1].
 
   Raises:
-    ImageError: the image is a strip that 'short_edge' cannot scale sensibly.
+    ImageError: the image is a strip that 'short_edge' cannot scale sensibly,
+      or 'pad' only to a square of gigabytes.
   """
   if aspect not in ('pad', 'square'):
     raise ValueError(f"aspect={aspect!r}: expected 'pad' or 'square'.")
   if resize not in ('short_edge', 'exact'):
     raise ValueError(f"resize={resize!r}: expected 'short_edge' or 'exact'.")
   if aspect == 'pad':
+    _check_square(image)
     image = pad_to_square(image, mean)
   if resize == 'exact':
     return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
   return _resize_and_crop(image, size)
+
+
+def _check_square(image: Image.Image) -> None:
+  """A strip within Pillow's limit may still become a square of gigabytes."""
+  limit = Image.MAX_IMAGE_PIXELS
+  if limit is not None and max(image.size) ** 2 > 2 * limit:
+    raise ImageError(
+        f'An image of {image.width} x {image.height} pixels is too long to pad'
+        f' to a square (limit {2 * limit} pixels).'
+    )
 
 
 def pad_to_square(

@@ -5,19 +5,24 @@
 which applies the rules of `check`, opens every image once and counts tokens.
 """
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent import futures
 import io
 import itertools
 import multiprocessing
-import os
-import threading
 from typing import Any, NamedTuple
 
 from PIL import Image
 
-from moellava_jax.data import check, images, lengths, published, rows
+from moellava_jax.data import (
+    check,
+    images,
+    lengths,
+    processes,
+    published,
+    rows,
+)
 from moellava_jax.data import tokenizer as tokenizer_lib
 
 CHUNK = 16  # Rows.
@@ -34,12 +39,6 @@ class Settings(NamedTuple):
   family: str | None  # Of the tokenizer, see `tokenizer.load`.
   template: str
   image_tokens: int
-
-
-class Raw(NamedTuple):
-  value: Any
-  path: str
-  number: int
 
 
 class Inspected(NamedTuple):
@@ -62,25 +61,28 @@ class Inspector:
     if settings.tokenizer is not None:
       self._tok = tokenizer_lib.load(settings.tokenizer, settings.family)
 
-  def chunk(self, raws: Sequence[Raw], known: frozenset[str]):
+  def chunk(self, raws: Sequence[check.Raw], known: frozenset[str]):
     """Inspects rows; images in `known` were opened before."""
     seen: dict[str, bytes] = {}
     return [self._inspect(raw, known, seen) for raw in raws]
 
-  def _inspect(self, raw: Raw, known, seen: dict[str, bytes]) -> Inspected:
+  def _inspect(
+      self, raw: check.Raw, known, seen: dict[str, bytes]
+  ) -> Inspected:
     settings = self._settings
     checker = check.Checker(
         settings.images, settings.on_bad, settings.attributes
     )
-    row = checker.row(*raw)
+    row = checker.row(raw)
     files: dict[str, bytes] = {}
     if row is not None:
       try:
-        for path in row.images:
+        for path in map(str, row.images):
           if path not in known and path not in seen:
-            seen[str(path)] = self._file(str(path))
+            seen[path], rules = self._file(path)
+            checker.image(row.where, path, rules)
           if path in seen:
-            files[str(path)] = seen[str(path)]
+            files[path] = seen[path]
       except images.ImageError as error:
         checker.drop(row.where, 'unreadable image', f'{row.where}: {error}')
         row, files = None, {}
@@ -93,18 +95,15 @@ class Inspector:
         0 if row is None else self._length(row),
     )
 
-  def _file(self, path: str) -> bytes:
-    """The bytes to store of an image, which is decoded in full."""
-    resolved = images.resolve(self._settings.images, path)
-    try:
-      data = resolved.read_bytes()
-    except OSError as error:
-      raise images.ImageError(
-          f'Image {path!r} cannot be read: {error}'
-      ) from error
-    image = images.decode(data, str(resolved))
-    stored_as = self._settings.stored_as
-    return data if stored_as is None else _resized(image, stored_as)
+  def _file(self, path: str) -> tuple[bytes, tuple[str, ...]]:
+    """The bytes to store of an image, which is decoded in full, and by which
+    rules."""
+    file = images.resolve(self._settings.images, path)
+    data = images.content(file)
+    opened = images.examine(data, str(file))
+    if (stored_as := self._settings.stored_as) is not None:
+      data = _resized(opened.image, stored_as)
+    return data, opened.rules
 
   def _length(self, row: rows.Row) -> int:
     settings = self._settings
@@ -140,16 +139,11 @@ _inspector: list[Inspector] = []  # One in each process.
 
 
 def _start(settings: Settings) -> None:
-  parent = multiprocessing.parent_process()
-  assert parent is not None
-  # A parent that is killed tells nobody, and we would wait for ever.
-  threading.Thread(
-      target=lambda: (parent.join(), os._exit(1)), daemon=True
-  ).start()
+  processes.end_with_parent()
   _inspector.append(Inspector(settings))
 
 
-def _chunk(raws: Sequence[Raw], known: frozenset[str]) -> list[Inspected]:
+def _chunk(raws: Sequence[check.Raw], known: frozenset[str]) -> list[Inspected]:
   return _inspector[0].chunk(raws, known)
 
 
@@ -177,7 +171,7 @@ class Pool:
       self._executor.shutdown(cancel_futures=True)
 
   def inspect(
-      self, raws: Iterable[Raw], is_known: Callable[[str], bool]
+      self, raws: Iterable[check.Raw], is_known: Callable[[str], bool]
   ) -> Iterator[Inspected]:
     """Yields in order; all are done when it ends.
 
@@ -206,59 +200,3 @@ def _paths(raw: Any) -> list[str]:
   value = raw.get('image') if isinstance(raw, dict) else None
   values = value if isinstance(value, list) else [value]
   return [v for v in values if isinstance(v, str)]
-
-
-class Census:
-  """Counts of what was inspected, by source; adds up, and travels as JSON."""
-
-  def __init__(self):
-    self.sources: dict[str, Counter[str]] = {}
-    self.dropped: list[check.Dropped] = []
-    self.repaired: Counter[str] = Counter()
-    self.lengths: list[int] = []  # Of the rows that are kept.
-
-  def add(self, found: Inspected) -> None:
-    counts = self.sources.setdefault(found.source, Counter())
-    counts['rows'] += 1
-    self.repaired.update(found.repaired)
-    counts['repaired'] += bool(found.repaired)
-    if found.dropped is not None:
-      self.dropped.append(found.dropped)
-      counts['dropped'] += 1
-      return
-    assert found.row is not None
-    counts['kept'] += 1
-    counts['images'] += len(found.row.images)
-    counts['text only'] += not found.row.images
-    self.lengths.append(found.length)
-
-  def merge(self, other: 'Census') -> None:
-    for source, counts in other.sources.items():
-      self.sources.setdefault(source, Counter()).update(counts)
-    self.dropped += other.dropped
-    self.repaired.update(other.repaired)
-    self.lengths += other.lengths
-
-  def total(self, what: str) -> int:
-    return sum(counts[what] for counts in self.sources.values())
-
-  @property
-  def reasons(self) -> Counter[str]:
-    return Counter(drop.reason for drop in self.dropped)
-
-  def to_json(self) -> dict[str, Any]:
-    return {
-        'sources': self.sources,
-        'dropped': self.dropped,
-        'repaired': self.repaired,
-        'lengths': self.lengths,
-    }
-
-  @classmethod
-  def from_json(cls, raw: dict[str, Any]) -> 'Census':
-    census = cls()
-    census.sources = {k: Counter(v) for k, v in raw['sources'].items()}
-    census.dropped = [check.Dropped(*drop) for drop in raw['dropped']]
-    census.repaired = Counter(raw['repaired'])
-    census.lengths = raw['lengths']
-    return census

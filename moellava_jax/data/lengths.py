@@ -21,7 +21,7 @@ import zipfile
 import numpy as np
 
 from moellava_jax import config
-from moellava_jax.data import rows, templates
+from moellava_jax.data import processes, rows, templates
 from moellava_jax.data import tokenizer as tokenizer_lib
 
 _RANGE = 1000  # Rows that a process counts at a time.
@@ -143,6 +143,7 @@ _work: list[Callable[[range], list[int]]] = []  # One in each process.
 
 
 def _start(work: Callable[[range], list[int]]) -> None:
+  processes.end_with_parent()
   _work.append(work)
 
 

@@ -23,6 +23,7 @@ _SHUFFLE, _MIX, _ROWS, _GROUPS = range(4)
 class Known(NamedTuple):
   """What is known of each of N conversations before it is read."""
 
+  sources: tuple[str, ...]  # Names, for messages.
   source_N: np.ndarray  # int, which source it comes from.
   lengths_N: np.ndarray | None  # int, positions; 0: not to be used.
   images_N: np.ndarray | None  # int.
@@ -60,7 +61,7 @@ class Layout:
     usable_N = np.arange(len(known.source_N), dtype=np.int32)
     if known.lengths_N is not None:
       usable_N = usable_N[known.lengths_N > 0]
-    self._parts = _by_source(usable_N, known.source_N, plan.weights)
+    self._parts = _by_source(usable_N, known, plan.weights)
     self._ends: list[int] = []  # Rows up to the end of each epoch.
     self._epochs: dict[int, packing.Plan] = {}  # The last ones asked for.
     self._lock = threading.Lock()
@@ -136,23 +137,25 @@ class Layout:
 
 def _by_source(
     usable_N: np.ndarray,
-    source_N: np.ndarray,
+    known: Known,
     weights: tuple[float, ...] | None,
 ) -> list[np.ndarray]:
   """The usable conversations of each source; all together without weights."""
   if weights is None:
     return [usable_N]
-  sources = int(source_N.max()) + 1
-  if len(weights) != sources:
+  if len(weights) != len(known.sources):
     raise config.UserError(
-        f'weights={weights}: expected one for each of the {sources} sources.'
+        f'weights={weights}: expected one for each of the sources'
+        f' {known.sources}.'
     )
-  parts = [usable_N[source_N[usable_N] == n] for n in range(sources)]
-  for number, (part, weight) in enumerate(zip(parts, weights, strict=True)):
+  parts = []
+  for number, (name, weight) in enumerate(
+      zip(known.sources, weights, strict=True)
+  ):
+    part = usable_N[known.source_N[usable_N] == number]
     if weight > 0 and not len(part):
-      raise config.UserError(
-          f'Source {number} (from 0) has weight {weight}, but no usable row.'
-      )
+      raise config.UserError(f'{name} has weight {weight}, but no usable row.')
+    parts.append(part)
   return parts
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from moellava_jax import config
 from moellava_jax.data import batch as batch_lib
-from moellava_jax.data import encode, examples, order
+from moellava_jax.data import counts, encode, examples, order, processes
 
 # For those who only need to read batches.
 Examples = examples.Examples
@@ -44,11 +44,13 @@ class _Batches:
   batch_size: int
   share: np.ndarray
 
-  def __call__(self, step: int) -> batch_lib.Batch:
+  def __call__(self, step: int) -> tuple[batch_lib.Batch, list[counts.Note]]:
     first = step * self.batch_size
-    return stack(
-        [self.data.row(self.layout[first + int(row)]) for row in self.share]
-    )
+    found = [
+        self.data.read(self.layout[first + int(row)]) for row in self.share
+    ]
+    notes = [note for _, notes in found for note in notes]
+    return stack([row for row, _ in found]), notes
 
 
 def train_batches(
@@ -68,6 +70,9 @@ def train_batches(
     start: batches to skip, without reading them.
     share: which rows of a global batch this process reads, in order. Whatever
       the number of processes, a global batch is the same.
+
+  What was dropped or repaired on the way is in `data.counts` once its batch is
+  handed out, whichever process read it.
 
   Raises:
     UserError: settings of the order that do not fit the data.
@@ -94,9 +99,15 @@ def train_batches(
   if workers:
     _parse_flags()
     dataset = dataset.mp_prefetch(
-        grain.multiprocessing.MultiprocessingOptions(num_workers=workers)
+        grain.multiprocessing.MultiprocessingOptions(num_workers=workers),
+        worker_init_fn=_start_worker,
     )
-  return _until_closed(iter(dataset))
+  return _counted(iter(dataset), data.counts)
+
+
+def _start_worker(number: int, count: int) -> None:
+  del number, count
+  processes.end_with_parent()
 
 
 def _parse_flags() -> None:
@@ -107,10 +118,12 @@ def _parse_flags() -> None:
     flags.FLAGS.mark_as_parsed()
 
 
-def _until_closed(iterator: Any) -> Iterator[batch_lib.Batch]:
+def _counted(iterator: Any, tally: counts.Counts) -> Iterator[batch_lib.Batch]:
   """Ends threads and worker processes as soon as nobody wants more."""
   try:
-    yield from iterator
+    for batch, notes in iterator:
+      tally.add(notes)
+      yield batch
   finally:
     iterator.close()
 
@@ -126,8 +139,9 @@ def eval_batches(
   total = len(plan.ends_R)
   batches = []
   for n in range(min(count, -(-total // batch_size))):
-    rows = [n * batch_size + int(row) for row in share]
-    batches.append(
-        stack([data.row(plan.row(i) if i < total else ()) for i in rows])
-    )
+    numbers = [n * batch_size + int(row) for row in share]
+    found = [data.read(plan.row(i) if i < total else ()) for i in numbers]
+    for _, notes in found:
+      data.counts.add(notes)
+    batches.append(stack([row for row, _ in found]))
   return batches

@@ -8,8 +8,8 @@
 
 Train from the result with --config.data.json=DIR. Without --json and --images,
 the stage's own are taken. Every row and image is opened once, by the rules of
-`data/check.py`; the first one that is not as it should be stops, unless
---config.data.on_bad=skip (or --report) is given.
+`data/check.py`; the first one that is not as it should be stops, unless the
+config has data.on_bad=skip, as those of the paper do, or --report is given.
 
 DIR gets shards (`data/records.py`), report.json, dropped.jsonl (every row left
 out, and why) and lengths.png. The same command goes on after a crash: shards

@@ -18,10 +18,6 @@ class DataError(config.UserError):
   """A row that cannot be used; the message names file, row and remedy."""
 
 
-class DoesNotFitError(DataError):
-  """A row whose images, or every answer, lie beyond the end of a row."""
-
-
 class BadRowError(DataError):
   """A row that no rule repairs; `reason` is what it is counted under."""
 
@@ -36,7 +32,7 @@ class Stored:
 
   Attributes:
     key: names the image, in messages and caches; equal keys, equal images.
-    fetch: reads the bytes of the image file (`images.decode` takes them);
+    fetch: reads the bytes of the image file (`images.examine` takes them);
       raises DataError. Nothing is read before, so a Stored costs nothing to
       keep, and it can be pickled.
   """

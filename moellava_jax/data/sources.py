@@ -14,12 +14,12 @@ import itertools
 import os
 
 from moellava_jax import config
-from moellava_jax.data import check, records, rows, stream, tfds_rows
+from moellava_jax.data import check, records, rows, tfds_rows
 
 # For those who only need to know what a source yields.
 Row = rows.Row
 DataError = rows.DataError
-DoesNotFitError = rows.DoesNotFitError
+BadRowError = rows.BadRowError
 
 
 class Listed(rows.Rows):
@@ -31,9 +31,7 @@ class Listed(rows.Rows):
     checker = check.Checker(root, on_bad, attributes)
     self.origin = path
     self._rows = [
-        row
-        for number, raw in enumerate(stream.read(path))
-        if (row := checker.row(raw, path, number)) is not None
+        row for raw in check.read(path) if (row := checker.row(raw)) is not None
     ]
     self.dropped, self.repaired = checker.reasons, checker.repaired
 

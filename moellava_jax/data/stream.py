@@ -16,7 +16,10 @@ from moellava_jax.data import rows
 LONGEST = 1 << 26  # Characters of a row.
 _BLOCK = 1 << 20
 _SPACE = ' \t\r\n'
+NO_NUMBER = 'null for NaN, infinities and endless numbers'
+ENCODING = 'a byte order mark left out, UTF-16 and UTF-32 decoded'
 _BOMS = (
+    (b'\xef\xbb\xbf', 'utf-8-sig'),
     (b'\xff\xfe\x00\x00', 'utf-32'),
     (b'\x00\x00\xfe\xff', 'utf-32'),
     (b'\xff\xfe', 'utf-16'),
@@ -30,14 +33,22 @@ class Broken(NamedTuple):
   message: str
 
 
+class Item(NamedTuple):
+  """A row as it is (or `Broken`), and by which rules it was made readable."""
+
+  value: Any
+  rules: tuple[str, ...]
+
+
 def read(
     path: str, watch: Callable[[int], object] | None = None
-) -> Iterator[Any]:
+) -> Iterator[Item]:
   """Yields the rows of a file as they are, and `Broken` where it is no JSON.
 
   A broken line of JSON lines costs that line; in an array nothing says where
   the next row begins, so the rest of the file is lost. Bytes that are no UTF-8
-  become lone surrogates, which `check` knows how to treat.
+  become lone surrogates, which `check` knows how to treat. The rule of an
+  encoding is named at the first row.
 
   Args:
     path: of the file.
@@ -52,10 +63,17 @@ def read(
     encoding = next((e for bom, e in _BOMS if start.startswith(bom)), None)
     with open(
         path,
-        encoding=encoding or 'utf-8-sig',
-        errors='replace' if encoding else 'surrogateescape',
+        encoding=encoding or 'utf-8',
+        errors='replace'
+        if encoding in ('utf-16', 'utf-32')
+        else 'surrogateescape',
     ) as file:
-      yield from _rows(path, _Window(file, watch))
+      window = _Window(file, watch)
+      if encoding:
+        window.rules.append(ENCODING)
+      for value in _rows(path, window):
+        yield Item(value, tuple(window.rules))
+        window.rules.clear()
   except OSError as error:
     what = (
         'does not exist'
@@ -68,11 +86,6 @@ def read(
     ) from error
 
 
-def _integer(digits: str) -> int | float:
-  """An id of 5000 digits is no reason to stop, and Python would."""
-  return int(digits) if len(digits) < 4300 else float('inf')
-
-
 class _BadJson(Exception):
   pass
 
@@ -82,9 +95,20 @@ class _Window:
 
   def __init__(self, file, watch):
     self._file, self._watch = file, watch
-    self._decoder = json.JSONDecoder(parse_int=_integer)
+    self._decoder = json.JSONDecoder(
+        parse_int=self._integer, parse_constant=self._no_number
+    )
+    self.rules: list[str] = []  # Of the value that was read last.
     self._text, self._at, self._ended = '', 0, False
     self._lines = self._column = 0  # Before `_text`.
+
+  def _integer(self, digits: str) -> int | None:
+    """Python refuses to read longer ones."""
+    return int(digits) if len(digits) < 4300 else self._no_number(digits)
+
+  def _no_number(self, _: str) -> None:
+    if NO_NUMBER not in self.rules:
+      self.rules.append(NO_NUMBER)
 
   def _more(self) -> bool:
     """Reads on, at least as much as is unread; False at the end."""

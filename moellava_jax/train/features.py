@@ -32,14 +32,11 @@ class Cache:
   ):
     """Says what the files take; `images` is how many different ones there are.
 
+    For one process; `inputs.read` refuses it to several.
+
     Raises:
-      UserError: there is no room for them, or several processes train.
+      UserError: there is no room for them.
     """
-    if jax.process_count() > 1:
-      raise config.UserError(
-          'config.data.feature_cache works for one process only; leave it'
-          ' empty.'
-      )
     vision = model.cfg.vision
     self._dtype = llava.compute_dtype(model.cfg.compute_dtype)
     self._shape = (vision.num_tokens, vision.width)

@@ -6,12 +6,14 @@ import json
 import os
 from typing import Any, NamedTuple
 
+import jax
+
 from moellava_jax import checkpoint, config
 from moellava_jax.data import pipeline, shapes, sources, templates
 from moellava_jax.data import rows as rows_lib
 from moellava_jax.data import tokenizer as tokenizer_lib
 from moellava_jax.interop import hf, hub, lms
-from moellava_jax.train import cluster, init
+from moellava_jax.train import cluster, data_report, init
 
 
 class Inputs(NamedTuple):
@@ -27,8 +29,15 @@ def read(cfg: config.TrainConfig, stages: list[str]) -> Inputs:
 
   Raises:
     sources.DataError: a row that cannot be used.
-    config.UserError: a tokenizer that fits neither template nor model.
+    config.UserError: a tokenizer that fits neither template nor model; a
+      feature cache for several processes.
   """
+  cached = cfg.data.feature_cache is not None and 'pretrain' in stages
+  if cached and jax.process_count() > 1:
+    raise config.UserError(
+        f'config.data.feature_cache={cfg.data.feature_cache} works for one'
+        f' process, not for {jax.process_count()}; leave it empty.'
+    )
   if cfg.data.shapes is not None:
     task = cfg.data.shapes
     cluster.first('writing Shapes', lambda: shapes.write(task))
@@ -61,41 +70,11 @@ def _read(
     tokenizer_lib.check_stop(cfg.stage(stage).template, tok)
     where = cfg.stage_data(stage)
     examples[stage] = _examples(cfg, stage, tok)
-    print_summary(stage, examples[stage], where.json)
+    data_report.print_summary(stage, examples[stage], where.json)
     if where.eval_json is not None:
       held_out[stage] = _held_out(cfg, stage, where.eval_json, tok)
-      print_summary(stage, held_out[stage], where.eval_json)
+      data_report.print_summary(stage, held_out[stage], where.eval_json)
   return Inputs(examples, held_out, tok)
-
-
-def print_summary(stage: str, examples: pipeline.Examples, path: str) -> None:
-  """Says what was read, and counts what was left out and why."""
-  length = examples.format.length
-  cluster.say(
-      f'{stage}: {len(examples)} rows of {length} positions from {path}'
-  )
-  if examples.format.data.arrangement == 'packed':
-    plan = examples.in_order()
-    fill = examples.positions / max(len(plan.ends_R) * length, 1)
-    cluster.say(
-        f'{stage}: packed into about {len(plan.ends_R)} rows, {fill:.1%} of'
-        ' their positions filled'
-    )
-  for reason, number in examples.dropped.items():
-    cluster.say(f'{stage}: dropped {number} rows: {reason}')
-  if examples.cut:
-    cluster.say(f'{stage}: cut {examples.cut} rows at position {length}')
-  if examples.blanked:
-    cluster.say(
-        f'{stage}: {examples.blanked} rows teach nothing, as in the original:'
-        ' config.data.parity_mask counts another number of tokens than they'
-        ' have'
-    )
-  if examples.ignored_answers:
-    cluster.say(
-        f'{stage}: the {examples.format.template!r} template keeps the first'
-        f' exchange of a row; {examples.ignored_answers} answers are left out'
-    )
 
 
 def _summary(found: Inputs) -> dict[str, str]:
@@ -126,7 +105,7 @@ def _rows(cfg: config.TrainConfig, stage: str) -> rows_lib.Rows:
 def _examples(cfg, stage, tok) -> pipeline.Examples:
   where = cfg.stage_data(stage)
   return _checked(
-      stage, _rows(cfg, stage), where, _format(cfg, stage), where.weights, tok
+      _rows(cfg, stage), where, _format(cfg, stage), where.weights, tok
   )
 
 
@@ -135,15 +114,14 @@ def _held_out(cfg, stage, path: str, tok) -> pipeline.Examples:
   fmt = _format(cfg, stage)
   fmt = fmt._replace(data=dataclasses.replace(fmt.data, decode='exact'))
   rows = sources.read(path, where.images, on_bad=cfg.data.on_bad)
-  return _checked(stage, rows, where, fmt, None, tok)
+  return _checked(rows, where, fmt, None, tok)
 
 
-def _checked(stage, rows, where, fmt, weights, tok) -> pipeline.Examples:
+def _checked(rows, where, fmt, weights, tok) -> pipeline.Examples:
   sources.check_stored(rows, fmt.vision, fmt.data.image_aspect)
   examples = pipeline.Examples(rows, where.images, fmt, tok, weights=weights)
-  examples.dropped.update(rows.dropped)
-  if rows.repaired:
-    cluster.say(f'{stage}: repaired rows, by rule: {dict(rows.repaired)}')
+  examples.counts.dropped.update(rows.dropped)
+  examples.counts.repaired.update(rows.repaired)
   return examples
 
 

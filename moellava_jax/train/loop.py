@@ -16,6 +16,7 @@ from moellava_jax.train import (
     about,
     agree,
     cluster,
+    data_report,
     diagnose,
     features,
     feed,
@@ -188,7 +189,7 @@ class _StageRun:
       state = self._steps_from(first, state, frozen, display)
     if state is None:
       self._checkpoints.close()
-      self._print_blocked()
+      self._print_end()
       raise guard.Stopped(f'Stopped in stage {self._stage!r}.')
     self._finish(state, frozen)
 
@@ -233,6 +234,7 @@ class _StageRun:
         first,
         share=self._share(),
     )
+    batches = data_report.aloud(self._stage, self._examples, batches)
     if self._stage == 'pretrain' and self._cfg.data.feature_cache is not None:
       batches = features.Cache(
           self._cfg.data.feature_cache,
@@ -409,10 +411,12 @@ class _StageRun:
         params, self._cfg, summary, self._tokenizer.save
     )
     self._checkpoints.close()
-    self._print_blocked()
+    self._print_end()
 
-  def _print_blocked(self) -> None:
-    """Says what saving has cost since the stage was begun or resumed."""
+  def _print_end(self) -> None:
+    """Says what saving has cost since the stage was begun or resumed, and what
+    was dropped."""
+    data_report.print_read(self._stage, self._examples)
     saved, total = self._checkpoints, time.monotonic() - self._began
     if saved.count:
       cluster.say(

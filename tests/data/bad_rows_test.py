@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
+from moellava_jax.data import census as census_lib
 from moellava_jax.data import (
     check,
     images,
@@ -32,6 +33,8 @@ QUESTION = {'from': 'human', 'value': '<image>\nWhat is it?'}
 ANSWER = {'from': 'gpt', 'value': 'A red dog.'}
 TEXT = {'from': 'human', 'value': 'What?'}
 NAN = float('nan')
+LONG = 'A red dog. ' * 26_000
+ENDLESS = 'a number of 9999 digits'  # Which Python does not write.
 DROP = object()  # Leave the key out.
 
 
@@ -108,6 +111,7 @@ FILES = {
     'sum.png': _with_bad_sum(),
     'noise.jpg': bytes(range(256)) * 20,
     'bomb.png': _png(30_000),
+    'large.png': _png(9_500),  # 90 million pixels: Pillow only warns.
     'chatter.png': _png(
         8, _chunk(b'zTXt', b'a\0\0' + zlib.compress(bytes(1 << 27), 9))
     ),
@@ -251,6 +255,8 @@ DROPPED = {
     'noise': (_image('noise.jpg'), 'unreadable image'),
     'bomb': (_image('bomb.png'), 'unreadable image'),
     'text bomb': (_image('chatter.png'), 'unreadable image'),
+    'more pixels than Pillow likes': (_image('large.png'), 'unreadable image'),
+    'one pixel': (_image('pixel.png'), 'unreadable image'),
     'second is bad': (
         _turns(
             {'from': 'human', 'value': '<image><image>Which?'},
@@ -268,6 +274,8 @@ _UNICODE = 'U+FFFD for what is no Unicode text'
 _ID = 'the number of the row for an "id" that is none'
 _PATH = 'spaces and backslashes of a path corrected'
 _OTHER = 'the file of another extension'
+_REPEATS = 'the number of the row behind an "id" that repeats'
+_NAME = 'a format that is not what the name says'
 _ASK, _SAY = QUESTION['value'], ANSWER['value']
 REPAIRED = {
     'surrogate in a question': (
@@ -340,38 +348,59 @@ REPAIRED = {
         (_PATH, 'sub/deep.png', (_ASK, _SAY)),
     ),
     'spaces': (_image(' good.png '), (_PATH, 'good.png', (_ASK, _SAY))),
-}
-
-# Rows that are read as they are, in both modes.
-READ = {
-    'repeated id': _row(id='row0'),
-    'number id': _row(id=12),
-    'nan id': _row(id=NAN),
-    'nan elsewhere': _row(score=NAN, weight=float('-inf')),
-    'unknown fields': _row(model='', bbox=[[1, 2], None]),
-    'answer first': _turns(ANSWER, QUESTION, ANSWER),
-    'question last': _turns(QUESTION, ANSWER, TEXT),
-    'dots in a path': _image('./sub/../good.png'),
-    'long': _turns(QUESTION, {**ANSWER, 'value': 'A red dog. ' * 26_000}),
+    'repeated id': (_row(id='row0'), (_REPEATS, 'good.png', (_ASK, _SAY))),
+    'nan elsewhere': (
+        _row(score=NAN, weight=[float('-inf')]),
+        (stream.NO_NUMBER, 'good.png', (_ASK, _SAY)),
+    ),
+    'endless number': (
+        _row(n=ENDLESS),
+        (stream.NO_NUMBER, 'good.png', (_ASK, _SAY)),
+    ),
+    'answer first': (
+        _turns(ANSWER, QUESTION, ANSWER),
+        ('a first turn from "gpt" left out', 'good.png', (_ASK, _SAY)),
+    ),
+    'question last': (
+        _turns(QUESTION, ANSWER, TEXT),
+        (
+            'a last question without answer kept, not supervised',
+            'good.png',
+            (_ASK, _SAY, 'What?'),
+        ),
+    ),
+    'long': (
+        _turns(QUESTION, {**ANSWER, 'value': LONG}),
+        (
+            'more than 131072 characters: cut at the end of its row',
+            'good.png',
+            (_ASK, LONG),
+        ),
+    ),
     **{
-        name: _image(name)
-        for name in (
-            'gif.jpg',
-            'png.jpg',
-            'animated.gif',
-            'cmyk.jpg',
-            'palette.png',
-            'clear.png',
-            'grey16.png',
-            'pixel.png',
-            'tail.jpg',
+        name: (_image(name), (rule, name, (_ASK, _SAY)))
+        for name, rule in (
+            ('gif.jpg', _NAME),
+            ('png.jpg', _NAME),
+            ('animated.gif', 'the first frame of an animation'),
+            ('cmyk.jpg', 'colours of CMYK as RGB'),
+            ('grey16.png', 'grey beyond 8 bits clipped at 255'),
         )
     },
 }
 
+# Rows that are read as they are, in both modes: nothing is lost in them.
+READ = {
+    'number id': _row(id=12),
+    'unknown fields': _row(model='', bbox=[[1, 2], None]),
+    'dots in a path': _image('./sub/../good.png'),
+    **{name: _image(name) for name in ('palette.png', 'clear.png', 'tail.jpg')},
+}
+
 
 def _write(path, raws):
-  path.write_text(json.dumps(raws), encoding='utf-8')
+  text = json.dumps(raws).replace(json.dumps(ENDLESS), '9' * 9999)
+  path.write_text(text, encoding='utf-8')
   return str(path)
 
 
@@ -379,14 +408,19 @@ def _good(number):
   return _row(id=f'row{number}')
 
 
-def _train(path, root, on_bad):
+def _train(path, root, on_bad, on_long='cut'):
   """What training sees: (examples, dropped, repaired)."""
   cfg = tiny.train_config()
-  data = dataclasses.replace(cfg.data, on_bad=on_bad, on_long='cut')
+  data = dataclasses.replace(cfg.data, on_bad=on_bad, on_long=on_long)
   fmt = pipeline.Format('bare', 200, 2, cfg.model.vision, data)
   found = sources.read(path, str(root), on_bad=on_bad)
   examples = pipeline.Examples(found, str(root), fmt, TOKENIZER)
-  return examples, found.dropped + examples.dropped, found.repaired
+  counts = examples.counts
+  return (
+      examples,
+      found.dropped + counts.dropped,
+      found.repaired + counts.repaired,
+  )
 
 
 def _prepare(path, root, on_bad):
@@ -394,14 +428,10 @@ def _prepare(path, root, on_bad):
   settings = inspection.Settings(
       str(root), on_bad, False, None, None, None, 'bare', 9
   )
-  census = inspection.Census()
+  census = census_lib.Census()
   kept = []
-  raws = (
-      inspection.Raw(raw, path, number)
-      for number, raw in enumerate(stream.read(path))
-  )
   with inspection.Pool(settings, 0) as pool:
-    for found in pool.inspect(raws, lambda path: False):
+    for found in pool.inspect(check.read(path), lambda path: False):
       census.add(found)
       kept += [found.row] if found.row is not None else []
   return kept, census.reasons, census.repaired
@@ -418,7 +448,9 @@ def test_the_corpus_is_large_enough():
 def test_every_reason_is_documented_and_met():
   assert {reason for _, reason in DROPPED.values()} | {
       'not JSON',  # Below.
-      'malformed attributes',  # Below.
+      'malformed attributes',
+      'longer than the row',
+      'images or answers beyond the end of the row',
   } == set(check.REASONS)
 
 
@@ -436,16 +468,18 @@ def test_a_row_that_cannot_be_used(door, name, root, tmp_path):
 @pytest.mark.parametrize('name', REPAIRED)
 @pytest.mark.parametrize('door', DOORS)
 def test_a_row_that_is_repaired(door, name, root, tmp_path):
-  raw, (rule, image, (question, answer)) = REPAIRED[name]
+  raw, (rule, image, said) = REPAIRED[name]
   path = _write(tmp_path / 'rows.json', [_good(0), raw, _good(2)])
   kept, dropped, repaired = door(path, root, 'skip')
   assert (len(kept), dict(dropped)) == (3, {})
   assert dict(repaired) == {rule: 1}
   with pytest.raises(rows.DataError, match=r'rows\.json row 1\b.*skip'):
     door(path, root, 'error')
-  row = sources.read(path, str(root), on_bad='skip')[1]
+  rows_read = sources.read(path, str(root), on_bad='skip')
+  assert len({row.id for row in rows_read}) == 3
+  row = rows_read[1]
   assert row.images == (() if image is None else (image,))
-  assert row.turns == (('human', question), ('gpt', answer))
+  assert tuple(value for _, value in row.turns) == said
   assert row.id.encode('utf-8')  # No surrogates are left.
 
 
@@ -497,8 +531,6 @@ CONTENTS = {
     'control character': (f'[{_text(_A)}, {{"id": "\n"}}]', 1, True),
     'lines, one broken': (f'{_text(_A)}\n{{"id": \n{_text(_B)}\n', 2, True),
     'lines': (f'{_text(_A)}\n\n{_text(_B)}\n', 2, False),
-    'byte order mark': (f'\ufeff[{_text(_A)}]', 1, False),
-    'endless number': (f'[{{"n": {"9" * 9999}, {_text(_A)[1:]}]', 1, False),
     'repeated key': (f'[{{"id": "a", {_text(_A)[1:]}]', 1, False),
     'spaces': (f' \r\n[\n{_text(_A)}\r\n,\t{_text(_B)}\n]\n\n', 2, False),
 }
@@ -538,8 +570,15 @@ def test_encodings(door, root, tmp_path):
   for encoding in ('utf-8', 'utf-8-sig', 'utf-16', 'utf-16-le', 'utf-32'):
     start = '\ufeff' if encoding == 'utf-16-le' else ''
     path.write_bytes((start + text).encode(encoding))
-    assert len(door(str(path), root, 'error')[0]) == 1
-    assert sources.read(str(path), str(root))[0].turns[1][1] == 'Né.'
+    kept, dropped, repaired = door(str(path), root, 'skip')
+    marked = encoding != 'utf-8'
+    assert (len(kept), dict(dropped)) == (1, {})
+    assert dict(repaired) == ({stream.ENCODING: 1} if marked else {})
+    if marked:
+      with pytest.raises(rows.DataError, match=r'row 0 .*byte order mark'):
+        door(str(path), root, 'error')
+    row = sources.read(str(path), str(root), on_bad='skip')[0]
+    assert row.turns[1][1] == 'Né.'
   path.write_bytes(text.encode('latin-1'))
   _, dropped, repaired = door(str(path), root, 'skip')
   assert (dict(dropped), dict(repaired)) == ({}, {_UNICODE: 1})
@@ -567,15 +606,23 @@ def test_the_place_of_an_error_is_that_of_the_file(tmp_path, monkeypatch):
     json.loads(text)
   found = list(stream.read(str(tmp_path / 'rows.json')))[-1]
   error = expected.value
-  assert f'line {error.lineno} column {error.colno}' in found.message
+  assert f'line {error.lineno} column {error.colno}' in found.value.message
 
 
-def test_long_conversations_are_counted_and_cut(root, tmp_path):
-  path = _write(tmp_path / 'rows.json', [READ['long']])
-  row = sources.read(path, str(root))[0]
+@pytest.mark.parametrize('on_long', ['cut', 'error'])
+def test_long_conversations_are_cut_or_dropped_and_counted(
+    on_long, root, tmp_path
+):
+  path = _write(tmp_path / 'rows.json', [_good(0), REPAIRED['long'][0]])
+  row = sources.read(path, str(root), on_bad='skip')[1]
   assert lengths.of_row(row, TOKENIZER, 'bare', 9) > 100_000
-  examples, _, _ = _train(path, root, 'error')
-  assert (examples.cut, examples[0].tokens_BT.shape) == (1, (200,))
+  examples, _, _ = _train(path, root, 'skip', on_long=on_long)
+  cut, dropped = examples.counts.cut, dict(examples.counts.dropped)
+  if on_long == 'cut':
+    assert (cut, dropped) == (1, {})
+    assert examples[1].tokens_BT.shape == (200,)
+  else:
+    assert (cut, dropped) == (0, {'longer than the row': 1})
 
 
 @pytest.mark.parametrize(
@@ -584,7 +631,7 @@ def test_long_conversations_are_counted_and_cut(root, tmp_path):
 )
 def test_attributes_of_the_warm_up(attributes, root, tmp_path):
   good = _turns(TEXT, ANSWER, attributes=[[0, 1], [2, 3]])
-  bad = _turns(TEXT, ANSWER, attributes=attributes)
+  bad = _turns(TEXT, ANSWER, attributes=attributes, id='bad too')
   path = _write(tmp_path / 'rows.json', [good, bad])
   found = sources.read(path, str(root), attributes=True, on_bad='skip')
   assert dict(found.dropped) == {'malformed attributes': 1}

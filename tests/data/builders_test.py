@@ -49,7 +49,7 @@ def published(tmp_path):
   return tmp_path
 
 
-def _prepare(folder, group, on_bad='error'):
+def _prepare(folder, group, on_bad='skip'):
   return main.prepare(group, str(folder), str(folder / 'tfds'), on_bad, 0)
 
 
@@ -61,7 +61,7 @@ def test_a_group_trains_as_its_json_files_do(group, published):
   direct = sources.read(paths, str(published))
   assert len(found) == len(direct) == 3 * len(GROUPS[group])
   stored = llava_files.examples(found, 'nowhere')
-  wanted = llava_files.examples(direct, published)
+  wanted = llava_files.examples(direct, published, on_bad='skip')
   for n in range(len(found)):
     for one, other in zip(stored[n], wanted[n], strict=True):
       np.testing.assert_array_equal(one, other)
@@ -88,11 +88,12 @@ def test_anyone_can_read_what_is_written(published):
 def test_bad_rows_are_counted_or_stop(published):
   (published / 'llava_image/00453/1.jpg').write_bytes(b'')
   with pytest.raises(rows.DataError, match='row 1 .*empty file'):
-    _prepare(published, 'llava_pt')
-  directory = _prepare(published, 'llava_pt', 'skip')
+    _prepare(published, 'llava_pt', 'error')
+  directory = _prepare(published, 'llava_pt')
   assert [row.id for row in sources.read(directory, '')] == ['row0', 'row2']
   report = json.loads((published / directory / 'report.json').read_text())
   assert report['dropped'] == {'unreadable image': 1}
+  assert report['repaired'] == {'a format that is not what the name says': 1}
 
 
 def test_missing_files_are_named(published):

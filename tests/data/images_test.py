@@ -151,6 +151,21 @@ def test_threads_can_be_padded_but_not_cropped():
     images.preprocess(thread, 8, 'square', 'short_edge', MEAN)
 
 
+def test_a_strip_that_padding_makes_a_bomb_is_refused():
+  strip = Image.new('RGB', (14_000, 2))  # As a square, 588 MB.
+  with pytest.raises(images.ImageError, match='14000 x 2 .*too long to pad'):
+    images.preprocess(strip, 8, 'pad', 'short_edge', MEAN)
+  pixels_HWC = images.preprocess(strip, 8, 'square', 'exact', MEAN)
+  assert pixels_HWC.shape == (8, 8, 3)
+
+
+def test_a_photograph_with_a_preview_is_no_animation(tmp_path):
+  photo = Image.new('RGB', (9, 9), 'red')
+  photo.save(tmp_path / 'x.jpg', 'MPO', save_all=True, append_images=[photo])
+  data = images.content(tmp_path / 'x.jpg')
+  assert images.examine(data, 'x.jpg').rules == ()
+
+
 @pytest.mark.parametrize('mode', ['L', 'P', '1', 'RGBA', 'CMYK', 'LA'])
 def test_every_colour_mode_becomes_rgb(mode, tmp_path):
   path = tmp_path / ('x.tif' if mode == 'CMYK' else 'x.png')

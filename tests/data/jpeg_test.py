@@ -105,9 +105,13 @@ def test_the_store_takes_the_path_that_is_configured(tmp_path):
       encode.ImageStore(str(tmp_path), vision, 'pad', decode, 0)
       for decode in ('exact', 'fast')
   )
-  difference = np.abs(exact['a.jpg'].astype(int) - fast['a.jpg']).mean()
+  one, other = exact['a.jpg'].pixels_HWC, fast['a.jpg'].pixels_HWC
+  difference = np.abs(one.astype(int) - other).mean()
   assert 0 < difference < 1.5
+  (tmp_path / 'a.png').write_bytes((tmp_path / 'a.jpg').read_bytes())
   for store in (exact, fast):
+    assert store['a.jpg'].rules == ()
+    assert store['a.png'].rules == ('a format that is not what the name says',)
     with pytest.raises(images.ImageError, match='bad.jpg.*cannot be read'):
       store['bad.jpg']
     with pytest.raises(images.ImageError, match='none.jpg.*does not exist'):

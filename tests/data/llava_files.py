@@ -8,7 +8,7 @@ import json
 import numpy as np
 from PIL import Image
 
-from moellava_jax.data import inspection, pipeline, rows
+from moellava_jax.data import encode, inspection, pipeline, rows
 from moellava_jax.data import tokenizer as tokenizer_lib
 from tests import tiny
 
@@ -75,11 +75,11 @@ def stored_as(encoding='raw', **changes) -> rows.StoredAs:
   return made._replace(**changes)
 
 
-def examples(found, folder, cache_mb=64) -> pipeline.Examples:
+def examples(found, folder, cache_mb=64, on_bad='error') -> pipeline.Examples:
   cfg = tiny.train_config()
   data = dataclasses.replace(
-      cfg.data, cache_mb=cache_mb, image_aspect='pad', on_bad='error'
+      cfg.data, cache_mb=cache_mb, image_aspect='pad', on_bad=on_bad
   )
   fmt = pipeline.Format('bare', 96, 2, cfg.model.vision, data)
-  pipeline.image_store.cache_clear()
+  encode.image_store.cache_clear()
   return pipeline.Examples(found, str(folder), fmt, TOKENIZER)

@@ -3,6 +3,7 @@
 
 import collections
 import itertools
+import json
 import pickle
 import time
 import zlib
@@ -12,6 +13,7 @@ import pytest
 
 from moellava_jax import config
 from moellava_jax.data import grouping, order, pipeline, shuffling, sources
+from moellava_jax.train import data_report
 from tests.data import conversations
 
 ARRANGEMENTS = ('shuffled', 'grouped', 'packed')
@@ -46,12 +48,13 @@ def test_the_order_of_a_seed_never_changes():
 def test_an_epoch_has_each_conversation_once(folder, arrangement):
   layout = _data(folder, arrangement).layout(3, 4)
   first = layout.rows(1)
+  ends = [layout.rows(epochs) for epochs in range(5)]
   epochs = [
       [int(i) for r in range(begin, end) for i in layout[r]]
-      for begin, end in ((0, first), (first, layout.rows(2)))
+      for begin, end in itertools.pairwise(ends)
   ]
-  assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(27))
-  assert epochs[0] != epochs[1]
+  assert [sorted(epoch) for epoch in epochs] == [list(range(27))] * 4
+  assert len(set(map(tuple, epochs))) == 4
   if arrangement == 'packed':
     assert first < 27
   if arrangement == 'grouped':
@@ -103,11 +106,47 @@ def test_worker_processes_do_not_change_batches(folder):
 
 def test_an_error_of_a_worker_names_the_row(folder, tmp_path):
   (tmp_path / '0.png').write_bytes((folder / '0.png').read_bytes()[:90])
-  row = conversations.row(0, ('0.png',))
-  path = conversations.write(tmp_path, [row] * 4)
+  raws = [conversations.row(n, ('0.png',)) for n in range(4)]
+  path = conversations.write(tmp_path, raws)
   data = conversations.read(tmp_path, path, num_workers=1, cache_mb=0)
   with pytest.raises(Exception, match=r'rows.json row \d .*cannot be read'):
     conversations.batches(data, 1)
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+@pytest.mark.parametrize('arrangement', ['shuffled', 'packed'])
+def test_what_is_left_out_anywhere_is_counted_here(
+    workers, arrangement, tmp_path, capsys
+):
+  path = conversations.mixed(tmp_path, 12)
+  raws = json.loads((tmp_path / 'rows.json').read_text())
+  for number, name in ((0, 'bad.png'), (3, 'odd.jpg'), (6, 'odd.jpg')):
+    raws[number]['image'] = [name]
+  conversations.write(tmp_path, raws)
+  (tmp_path / 'odd.jpg').write_bytes((tmp_path / '0.png').read_bytes())
+  (tmp_path / 'bad.png').write_bytes((tmp_path / '0.png').read_bytes()[:90])
+  data = conversations.read(
+      tmp_path,
+      path,
+      arrangement=arrangement,
+      num_workers=workers,
+      cache_mb=0,
+      on_bad='skip',
+  )
+  assert not data.counts.dropped
+  two_epochs = pipeline.steps(data, 4, 7, 2.0)
+  found = pipeline.train_batches(data, 4, 7, 0, share=np.arange(4))
+  batches = data_report.aloud('moe', data, found)
+  for _ in range(two_epochs):
+    next(batches)
+  assert data.counts.dropped == {'unreadable image': 1}  # Twice, one row.
+  assert data.counts.repaired == {'a format that is not what the name says': 2}
+  data_report.print_read('moe', data)
+  first, *rest = capsys.readouterr().out.splitlines()
+  assert 'rows.json row 0 (id row0): ' in first and 'bad.png' in first
+  assert 'dropped 1 rows: unreadable image; the first: ' in rest[0]
+  assert rest[1].startswith('moe, read by process 0: repaired 2 rows: ')
+  assert len(rest) == 2
 
 
 def _epoch_with_restarts(data, size, restarts):
@@ -211,7 +250,7 @@ def test_what_no_row_takes_is_left_out_of_the_plan(folder):
   changes = {'cache_mb': 0, 'on_bad': 'skip', 'on_long': 'cut'}
   data = _data(folder, 'packed', max_images=1, row_length=64, **changes)
   two = sum(n % 5 == 4 and n % 3 != 2 for n in range(27))
-  dropped = sum(data.dropped.values())
+  dropped = sum(data.counts.dropped.values())
   assert dropped > two  # And those whose answer lies behind the end.
   layout = data.layout(1, 4)
   used = [int(i) for r in range(layout.rows(1)) for i in layout[r]]
@@ -245,9 +284,9 @@ def test_an_epoch_is_planned_in_seconds():
   count = 60_000
   images_N = (rng.random(count) < 0.94).astype(np.int32)
   text_N = np.minimum(np.exp(rng.normal(5, 0.8, count)), 1400).astype(np.int32)
-  known = order.Known(
-      np.zeros(count, int), images_N * 576 + text_N + 1, images_N, None
-  )
+  lengths_N = images_N * 576 + text_N + 1
+  source_N = np.zeros(count, int)
+  known = order.Known(('all',), source_N, lengths_N, images_N, None)
   plan = order.Plan('packed', None, 128, 16, 2048, 3)
   began = time.process_time()
   layout = order.Layout(plan, known, 0)

@@ -195,6 +195,7 @@ def test_neighbours_in_a_row_do_not_matter():
   def logits_of_last(row):
     batch = pipeline.stack([assemble.fill_row([loaded[n] for n in row], fmt)])
     where = batch.segment_ids_BT[0] == len(row)
+    assert where.sum() == LENGTHS[row[-1]]
     out = tiny.forward(cfg, params, jax.tree.map(jnp.asarray, batch))
     return np.asarray(out.logits_BTV[0][where])
 

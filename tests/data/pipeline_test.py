@@ -146,7 +146,7 @@ def test_unreadable_image(corpus, cache_mb):
   fmt = _format(data={'on_bad': 'skip', 'cache_mb': cache_mb})
   examples = _examples(corpus, fmt)
   rows = [examples[n] for n in range(len(examples))]
-  assert examples.dropped == {'unreadable image': 1}
+  assert examples.counts.dropped == {'unreadable image': 1}
   if cache_mb:
     assert len(rows) == 11
   else:  # The order stays, the row is empty.
@@ -198,10 +198,10 @@ def test_label_mask_of_the_original_blanks_and_counts_rows(corpus):
   examples = _examples(corpus, fmt, 'text.json')
   weights = [examples[n].loss_weight_BT.sum() for n in range(2)]
   assert weights[0] == 0 and weights[1] > 0
-  assert examples.blanked == 1 and not examples.dropped
+  assert examples.counts.blanked == 1 and not examples.counts.dropped
   own = _format(template='phi', row_length=400)
   examples = _examples(corpus, own, 'text.json')
-  assert examples[0].loss_weight_BT.any() and examples.blanked == 0
+  assert examples[0].loss_weight_BT.any() and examples.counts.blanked == 0
   assert examples[1].loss_weight_BT.sum() == weights[1]
 
 

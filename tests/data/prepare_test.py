@@ -96,7 +96,10 @@ def test_a_report_never_stops_and_writes_no_shards(tmp_path):
   ]
   report = json.loads((out / 'report.json').read_text())
   assert report['dropped'] == {'unreadable image': 2}
-  assert report['repaired'] == {'the file of another extension': 2}
+  assert report['repaired'] == {
+      'the file of another extension': 2,
+      'a format that is not what the name says': 1,  # Once for each image.
+  }
   assert (report['rows'], report['kept'], report['text_only']) == (30, 28, 8)
   coco = report['sources']['coco']
   assert (coco['rows'], coco['kept'], coco['dropped']) == (22, 20, 2)

@@ -274,4 +274,4 @@ def test_training_counts_what_was_dropped_and_repaired(tmp_path, capsys):
   assert 'dropped 1 rows: image outside the image root' in text
   assert 'dropped 1 rows: no conversation' in text
   assert 'dropped 3 rows: images or answers beyond the end' in text
-  assert "the file of another extension': 1" in text
+  assert 'repaired 1 rows: the file of another extension' in text

@@ -7,7 +7,7 @@ import pytest
 
 from moellava_jax import config
 from moellava_jax.model import llava
-from moellava_jax.train import features
+from moellava_jax.train import features, inputs
 from moellava_jax.train import step as step_lib
 from tests import tiny
 
@@ -86,3 +86,13 @@ def test_it_says_the_size_and_refuses_without_room(
   # What is there already needs no room.
   list(cache.through(iter(_batches(0))))
   _cache(tmp_path, params, images=12)
+
+
+def test_several_processes_are_refused_before_anything_is_read(
+    tmp_path, monkeypatch
+):
+  cfg = tiny.train_config(tmp_path / 'run', data__feature_cache=str(tmp_path))
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  with pytest.raises(config.UserError, match='one process, not for 2'):
+    inputs.read(cfg, ['pretrain', 'moe'])
+  assert not (tmp_path / 'run').exists()

@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """TensorFlow Datasets builders of MoE-LLaVA's three data groups.
 
-They read what https://huggingface.co/datasets/LanguageBind/MoE-LLaVA publishes
-(`train_json/*.json`, the zip files unpacked), or the files by the names that
-LLaVA and LVIS-Instruct4V gave them; nothing is downloaded. `manual_dir`:
+They read the files that the paper's own code reads, which are of LLaVA's form
+for SViT, LVIS-Instruct4V, LRV and MIMIC-IT LA too: MoE-LLaVA publishes them at
+https://huggingface.co/datasets/LanguageBind/MoE-LLaVA (`train_json/*.json`;
+the images as zip files), sends its users there (docs/TRAIN.md) and names them
+in its scripts (scripts/v1/*/*.sh). The names that LLaVA and LVIS-Instruct4V
+gave to files of this form will do as well. Nothing is downloaded.
+`manual_dir`:
 
   pt_json/ ft_json/ (or train_json/, or none)   the JSON files
   llava_image/ llava_image_tune/ lvis_tune/     the images, at the paths that
@@ -17,14 +21,15 @@ contained and readable without this package:
 Works without TensorFlow, if `file_format='array_record'`.
 """
 
-from collections.abc import Iterator
 import io
+import itertools
 import os
 from typing import Any, NamedTuple
 
 import tensorflow_datasets as tfds
 
-from moellava_jax.data import images, inspection, rows, stream
+from moellava_jax.data import census as census_lib
+from moellava_jax.data import check, images, inspection, rows
 
 _FOLDERS = ('', 'pt_json', 'ft_json', 'train_json')
 
@@ -58,7 +63,7 @@ class Conversations(tfds.core.GeneratorBasedBuilder):
   parts: tuple[Part, ...] = ()
   whole: str | None = None
   options = Options(on_bad='error', workers=0)
-  census: inspection.Census | None = None
+  census: census_lib.Census | None = None
 
   def _info(self) -> tfds.core.DatasetInfo:
     features = tfds.features
@@ -99,11 +104,10 @@ class Conversations(tfds.core.GeneratorBasedBuilder):
         template='plain',
         image_tokens=1,
     )
-    self.census = inspection.Census()
+    self.census = census_lib.Census()
+    raws = itertools.chain.from_iterable(map(check.read, paths))
     with inspection.Pool(settings, self.options.workers) as pool:
-      for number, found in enumerate(
-          pool.inspect(_raws(paths), lambda path: False)
-      ):
+      for number, found in enumerate(pool.inspect(raws, lambda path: False)):
         self.census.add(found)
         if found.row is not None:
           yield number, _example(found)
@@ -160,12 +164,6 @@ def _find(root: str, part: Part) -> str:
   return path
 
 
-def _raws(paths: list[str]) -> Iterator[inspection.Raw]:
-  for path in paths:
-    for number, value in enumerate(stream.read(path)):
-      yield inspection.Raw(value, path, number)
-
-
 def _example(found: inspection.Inspected) -> dict[str, Any]:
   assert found.row is not None
   names = [str(path) for path in found.row.images]
@@ -184,5 +182,5 @@ def _encoded(data: bytes) -> bytes:
   if data.startswith((b'\xff\xd8\xff', b'\x89PNG')):
     return data
   file = io.BytesIO()
-  images.decode(data, 'image').save(file, 'png')
+  images.examine(data, 'image').image.save(file, 'png')
   return file.getvalue()

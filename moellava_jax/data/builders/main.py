@@ -2,7 +2,7 @@
 """Writes one of MoE-LLaVA's data groups with TensorFlow Datasets.
 
   python -m moellava_jax.data.builders.main --group=llava_pt \\
-      --manual_dir=DIR --data_dir=DIR [--on_bad=skip]
+      --manual_dir=DIR --data_dir=DIR [--on_bad=error]
 
 `manual_dir` holds the published files (`groups`). Train from the result with
 --config.data.json=DATA_DIR/llava_pt/1.0.0, or read it anywhere:
@@ -16,7 +16,7 @@ import sys
 from absl import app, flags
 
 from moellava_jax import config
-from moellava_jax.data import census_report, records
+from moellava_jax.data import census_report, shards
 
 _GROUP = flags.DEFINE_enum(
     'group', None, ('llava_pt', 'hybrid_ft', 'llava_ft'), 'Which group.'
@@ -24,7 +24,11 @@ _GROUP = flags.DEFINE_enum(
 _MANUAL_DIR = flags.DEFINE_string('manual_dir', None, 'The published files.')
 _DATA_DIR = flags.DEFINE_string('data_dir', None, 'Where datasets are written.')
 _ON_BAD = flags.DEFINE_enum(
-    'on_bad', 'error', ('error', 'skip'), 'A bad row: stop, or count it.'
+    'on_bad',
+    'skip',
+    ('error', 'skip'),
+    'A bad row: stop, or repair or drop it and count it. The published files'
+    ' have some: ids that repeat, GIFs called JPEG.',
 )
 _WORKERS = flags.DEFINE_integer(
     'workers', os.cpu_count() or 1, 'Processes; 0: none but this.'
@@ -50,7 +54,7 @@ def prepare(
   )
   if builder.census is not None:  # None: it was there already.
     census_report.show(builder.census)
-    records.write_json(
+    shards.write_json(
         os.path.join(builder.data_dir, 'report.json'),
         census_report.to_json(builder.census, 'words'),
     )
