@@ -42,10 +42,15 @@ DEPENDENCIES = [
     'matplotlib',
 ]
 
+# For run folders and checkpoints in gs://; it brings google-cloud-storage, which
+# Orbax asks for there.
+GCS = ['gcsfs>=2026.10.1']
+
 EXTRAS = {
     'cuda12': ['jax[cuda12]>=0.10.2,<0.13'],
     'cuda13': ['jax[cuda13]>=0.10.2,<0.13'],
-    'tpu': ['jax[tpu]>=0.10.2,<0.13'],
+    'tpu': ['jax[tpu]>=0.10.2,<0.13', *GCS],
+    'gcs': GCS,
     'serve': ['gradio>=6.31,<7', 'fastapi', 'uvicorn'],
     'tensorboard': ['tensorboardX>=2.6.5'],
     'wandb': ['wandb'],
@@ -54,6 +59,7 @@ EXTRAS = {
     'tokenizers': ['tiktoken', 'sentencepiece'],
     # scikit-image: photographs.
     'test': [
+        *GCS,
         'pytest>=9,<10',
         'psutil',
         'scikit-image',

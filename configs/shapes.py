@@ -25,10 +25,10 @@ def get_config(stage: str = 'all') -> ml_collections.ConfigDict:
   c.stages = ('warmup', 'pretrain', 'finetune', 'moe')
   c.log_every = 50
 
-  data = c.get_ref('workdir') + '/data'
   c.data.on_long = 'error'
   c.data.shapes = ml_collections.ConfigDict()
-  c.data.shapes.dir = data
+  c.data.shapes.dir = c.get_ref('workdir') + '/data'
+  data = c.data.shapes.get_ref('dir')
   c.data.shapes.seed = c.get_ref('seed')
   c.data.shapes.train_scenes = 300 if smoke else 8000
   c.data.shapes.heldout_scenes = 60 if smoke else 600

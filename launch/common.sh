@@ -264,6 +264,14 @@ choose_cuda() {
   esac
 }
 
+# choose_store FLAGS: add to EXTRAS what a run folder in gs:// needs.
+choose_store() {
+  if [[ " $* " == *" --config.workdir=gs://"* && ,${EXTRAS:-}, != *,gcs,* &&
+    ,${EXTRAS:-}, != *,tpu,* ]]; then
+    EXTRAS=${EXTRAS:-}${EXTRAS:+,}gcs
+  fi
+}
+
 # flag_set: print the name of the XLA flags for the GPUs here; none: nothing.
 flag_set() {
   if [[ ${JAX_PLATFORMS:-} == cpu ]] || ! command -v nvidia-smi >/dev/null; then

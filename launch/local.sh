@@ -104,6 +104,7 @@ if [[ -n $cpu_devices ]]; then
   export XLA_FLAGS="${kept[*]-}"
 fi
 choose_cuda
+choose_store "$@"
 if [[ ${JAX_PLATFORMS:-} != cpu ]] && command -v nvidia-smi >/dev/null; then
   if ((processes > 1)); then
     gpu_ids=${CUDA_VISIBLE_DEVICES:-$(gpus index | tr '\n' ,)}

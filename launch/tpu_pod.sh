@@ -40,8 +40,8 @@ Trains on a TPU slice (TPU VMs of Google Cloud), through gcloud.
   --keep            `all` leaves the slice
   --dry-run         print what would run
 
-A slice of several hosts needs a run folder that all of them see: gs://. Other
-relative paths are in the copied tree.
+A slice of several hosts needs a run folder that all of them see: gs://. Data are
+read from a disk of each host. Relative paths are in the copied tree.
 `wait` and `all` exit with 0, or with the code of the host that failed.
 TEXT
 }

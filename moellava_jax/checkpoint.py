@@ -8,7 +8,8 @@
 
 `final/` can be copied elsewhere alone; a STEP needs `RUN/frozen/`. A directory
 counts as soon as its parameters do: Orbax renames them into place when they
-are complete, so a kill at any moment leaves the previous state.
+are complete (in gs:// it adds commit_success.txt), so a kill at any moment
+leaves the previous state.
 
 A step that cannot be read is an error that names it, and never passed over:
 no kill leaves one, so something else is wrong, which may pass (a network disk,
@@ -30,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from moellava_jax import config, trees
+from moellava_jax import config, run_folder, trees
 
 _DAMAGED = (
     'If its files are damaged, copy them again or take another checkpoint.'
@@ -54,9 +55,8 @@ def _explained(what: str, advice: str) -> Iterator[None]:
     raise
   except Exception as error:
     # Orbax, TensorStore and the file systems below share no base class.
-    lines = str(error).strip().splitlines() or ['']
     raise CheckpointError(
-        f'{what}: {type(error).__name__}: {lines[0][:500]}. {advice}'
+        f'{what}: {run_folder.reason(error)}. {advice}'
     ) from error
 
 
@@ -153,12 +153,30 @@ def _is_first() -> bool:
   return jax.process_index() == 0
 
 
-def write_json(path: Any, value: Any) -> None:
-  """Writes a small JSON file so that it is either old or new, never half."""
-  path = epath.Path(path)
-  temporary = path.parent / f'.{path.name}.tmp'
-  temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + '\n')
-  temporary.replace(path)
+def _is_complete(path: epath.Path) -> bool:
+  """Whether Orbax has finished a directory of arrays, and it is there."""
+  return ocp.utils.is_checkpoint_finalized(path)
+
+
+def _refuse_copies(folder: epath.Path) -> None:
+  """Raises CheckpointError if something in `folder` was copied from a disk.
+
+  There Orbax marks by its name what is complete, and in gs:// by a file. It
+  would take a copy for what a kill has left, and delete it.
+  """
+  for path in folder.iterdir() if folder.exists() else ():
+    if not (path.name.isdigit() or path.name == 'params'):
+      continue
+    written = path / '_CHECKPOINT_METADATA'
+    if _is_complete(path) or not written.exists():
+      continue
+    if json.loads(written.read_text())['commit_timestamp_nsecs'] is not None:
+      raise CheckpointError(
+          f'{path} seems to be a copy from a disk: it is complete, but without'
+          ' the file commit_success.txt, which says so in gs://. Put an empty'
+          ' one there (also into the folders of a step, and frozen/*/params),'
+          f' or delete {path}.'
+      )
 
 
 def _steps(folder: epath.Path) -> list[int]:
@@ -172,8 +190,10 @@ def latest_meta(run: str, stage: str) -> tuple[str, dict[str, Any]] | None:
   Raises:
     CheckpointError: it cannot be read.
   """
-  folder = epath.Path(run).absolute() / stage
+  folder = run_folder.absolute(run) / stage
   with _explained(f'{folder} cannot be read', 'Use another --config.workdir.'):
+    _refuse_copies(folder)
+    _refuse_copies(folder / 'final')
     steps = _steps(folder)
   if not steps:
     return None
@@ -197,7 +217,7 @@ def _readable(folder: epath.Path, step: int) -> Iterator[None]:
 
 def _read_meta(step: epath.Path) -> dict[str, Any]:
   with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-    return reader.restore(step.absolute() / 'meta')
+    return reader.restore(run_folder.absolute(step) / 'meta')
 
 
 class Stage:
@@ -212,7 +232,7 @@ class Stage:
     self.name = stage
     self.count = 0
     self.blocked = 0.0
-    self._run = epath.Path(run).absolute()
+    self._run = run_folder.absolute(run)
     self._dir = self._run / stage
     policies = ocp.checkpoint_managers
     kept: list[Any] = [policies.LatestN(cfg.keep)]
@@ -260,13 +280,15 @@ class Stage:
     began = time.monotonic()
     self.wait()
     frozen = self._run / 'frozen' / meta['frozen'] / 'params'
-    for path in (self._dir, *([frozen] if meta['frozen'] else [])):
-      if not path.exists():
-        raise CheckpointError(
-            f'{path} has vanished during the run, so step {step} is not saved:'
-            ' it would be of no use without. Put it back, or begin again in'
-            ' another --config.workdir.'
-        )
+    gone = [self._dir] if run_folder.is_gone(self._dir) else []
+    if meta['frozen'] and not _is_complete(frozen):
+      gone.append(frozen)
+    if gone:
+      raise CheckpointError(
+          f'{gone[0]} has vanished during the run, so step {step} is not saved:'
+          ' it would be of no use without. Put it back, or begin again in'
+          ' another --config.workdir.'
+      )
     meta = {**meta, 'trained': _shapes(trained)}
     with self._saving(f'Step {step}'):
       self._manager.save(
@@ -309,12 +331,12 @@ class Stage:
     name = fingerprint(frozen)
     path = self._run / 'frozen' / name
     # One process looks, as all have to do the same.
-    there = (path / 'params').exists()
+    there = _is_complete(path / 'params')
     if not multihost_utils.broadcast_one_to_all(np.int32(there)):
       with self._saving('What the stage does not train'):
         if _is_first():
           path.mkdir(parents=True, exist_ok=True)
-          write_json(path / 'shapes.json', _shapes(frozen))
+          run_folder.write_json(path / 'shapes.json', _shapes(frozen))
         _save(path / 'params', frozen)
     return name
 
@@ -362,7 +384,7 @@ def write_final(
     path.mkdir(parents=True, exist_ok=True)
     (path / 'config.json').write_text(config.to_json(cfg) + '\n')
     tokenizer(str(path / 'tokenizer'))
-    write_json(
+    run_folder.write_json(
         path / 'stage.json', {**meta, 'stage': stage, 'params': _shapes(params)}
     )
   _save(path / 'params', params)
@@ -381,7 +403,7 @@ class Model(NamedTuple):
 def final_of(run: str, stage: str) -> epath.Path | None:
   """The complete `final/` of a stage, or None."""
   path = epath.Path(run) / stage / 'final'
-  return path if (path / 'params').exists() else None
+  return path if _is_complete(path / 'params') else None
 
 
 def find(path: str) -> epath.Path:
@@ -390,18 +412,23 @@ def find(path: str) -> epath.Path:
   A RUN means its newest finished stage; a STAGE its final, else its newest
   step.
   """
+  run_folder.check(path)
   root = epath.Path(path)
   if not root.exists():
     raise CheckpointError(f'Checkpoint {path} does not exist.')
-  if (root / 'params').exists() or (root / 'trained').exists():
+  if _is_complete(root / 'params'):
     return root
-  if (root / 'final' / 'params').exists():
+  if _is_complete(root) and (root / 'trained').exists():
+    return root
+  if _is_complete(root / 'final' / 'params'):
     return root / 'final'
   for stage in reversed(config.STAGES):
     if (found := final_of(path, stage)) is not None:
       return found
   if steps := _steps(root):
     return root / str(steps[-1])
+  for folder in (root, root / 'final'):
+    _refuse_copies(folder)
   raise CheckpointError(
       f'{path} holds no finished checkpoint: expected a run directory with a'
       ' finished stage, a stage directory, one of its steps, or a copied'
@@ -449,7 +476,7 @@ def load(
   if (found / 'params').exists():
     about = json.loads((found / 'stage.json').read_text())
     params = _restore(
-        found.absolute() / 'params',
+        run_folder.absolute(found) / 'params',
         abstract(about['params'], shardings, default),
     )
     cfg = config.from_json((found / 'config.json').read_text())
@@ -461,7 +488,7 @@ def _load_step(found: epath.Path, shardings, default) -> Model:
   with _explained(f'{found} cannot be read', _DAMAGED):
     meta = _read_meta(found)
   trained = _restore(
-      found.absolute() / 'trained',
+      run_folder.absolute(found) / 'trained',
       abstract(meta['trained'], shardings, default),
   )
   run = found.parent.parent
@@ -487,8 +514,8 @@ def load_frozen(
   """Reads `RUN/frozen/NAME`; an empty name is an empty tree."""
   if not name:
     return {}
-  path = epath.Path(run).absolute() / 'frozen' / name
-  if not (path / 'params').exists():
+  path = run_folder.absolute(run) / 'frozen' / name
+  if not _is_complete(path / 'params'):
     raise CheckpointError(
         f'{path} is missing: a step holds only the trained parameters. Copy'
         ' the run together with its frozen/ folder, or use a final/.'

@@ -433,6 +433,12 @@ def _check(cfg: TrainConfig) -> None:
 
 
 def _check_data(cfg: TrainConfig) -> None:
+  for path, value in _flatten(dataclasses.asdict(cfg)):
+    if 'data.' in path and isinstance(value, str) and '://' in value:
+      raise UserError(
+          f'config.{path} is {value}, but data are read from a disk: name a'
+          f' folder there, of every host, with --config.{path}=DIR.'
+      )
   if cfg.data.arrangement == 'packed' and cfg.data.parity_truncation:
     raise UserError(
         'config.data.parity_truncation makes the rows of the original, which'

@@ -46,6 +46,8 @@ def test_unknown_stage_names_the_known_ones():
         ('model.moe.layers', 'intervall', "'intervall': expected one of"),
         ('stages', ('tune',), "config.stages has .'tune'."),
         ('data.images', 'photos', 'go with config.data.json'),
+        ('data.json', 'gs://b/d.json', 'read from a disk.*config.data.json=D'),
+        ('data.shapes.dir', 'gs://b/d', 'config.data.shapes.dir is gs://b/d'),
     ],
 )
 def test_what_is_wrong_is_named(path, value, message):
@@ -144,3 +146,15 @@ def test_config_dict_stays_editable_by_scripts():
   assert isinstance(c, ml_collections.ConfigDict)
   c.model.moe.num_experts = 8
   assert config.from_dict(c).model.moe.num_experts == 8
+
+
+def test_shapes_may_lie_outside_a_run_folder_in_a_store():
+  raw = shapes.get_config()
+  raw.workdir = 'gs://bucket/run'
+  with pytest.raises(config.UserError, match='--config.data.shapes.dir=DIR'):
+    config.from_dict(raw)
+  raw.data.shapes.dir = '/disk/shapes'
+  cfg = config.from_dict(raw)
+  for stage in config.STAGES:
+    assert cfg.stage_data(stage).json.startswith('/disk/shapes/')
+    assert cfg.stage_data(stage).images == '/disk/shapes'

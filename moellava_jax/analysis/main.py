@@ -36,7 +36,7 @@ def run(
     model: str, questions_path: str, images: str, out: str, cpu_devices: int = 1
 ) -> None:
   """Writes OUT/routing.json; ValueError for what the user can mend."""
-  from moellava_jax import checkpoint
+  from moellava_jax import run_folder
   from moellava_jax.analysis import routing
   from moellava_jax.evals import base, shapes
   from moellava_jax.infer import chat as chat_lib
@@ -56,7 +56,7 @@ def run(
   summary = routing.summarise(chat, rows, images)
   os.makedirs(out, exist_ok=True)
   path = os.path.join(out, 'routing.json')
-  checkpoint.write_json(path, summary)
+  run_folder.write_json(path, summary)
   for layer, load in zip(
       summary['layers'], summary['expert_load'], strict=True
   ):

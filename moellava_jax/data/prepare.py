@@ -23,9 +23,10 @@ import os
 import sys
 
 from absl import app, flags
+from etils import epath
 from ml_collections import config_flags
 
-from moellava_jax import config
+from moellava_jax import config, run_folder
 from moellava_jax.data import (
     conversion,
     inspection,
@@ -109,7 +110,8 @@ def _settings(
 def _tokenizer(cfg: config.TrainConfig) -> tuple[str | None, str | None]:
   """(directory, family) of the tokenizer that training would take."""
   kept = os.path.join(cfg.workdir, 'tokenizer')
-  if os.path.exists(os.path.join(kept, 'tokenizer.json')):
+  run_folder.check(kept)
+  if (epath.Path(kept) / 'tokenizer.json').exists():
     return kept, None
   init = cfg.init
   given = init.tokenizer or init.checkpoint or init.lm

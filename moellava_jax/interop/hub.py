@@ -8,7 +8,7 @@ off goes on where it stopped; a finished one is not fetched again.
 import os
 import re
 
-from moellava_jax import config
+from moellava_jax import config, run_folder
 
 PREFIX = 'hf:'
 # Weights of other frameworks, and what is not weights at all, stay there.
@@ -22,6 +22,7 @@ def local(name: str) -> str:
     UserError: it does not exist, here or there.
   """
   if not name.startswith(PREFIX):
+    run_folder.check(name)
     if not os.path.exists(name) and '://' not in name:
       meant = name.removeprefix('./').rstrip('/')
       repository = meant if re.fullmatch(r'[\w-][\w.-]*/[\w.-]+', meant) else ''

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from moellava_jax import checkpoint, config, trees
+from moellava_jax import checkpoint, config, run_folder, trees
 from moellava_jax.train import cluster
 
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain')
@@ -22,10 +22,10 @@ def write_run(cfg: config.TrainConfig) -> None:
   """RUN/config.json and RUN/environment.json, by process 0."""
   if not cluster.is_first():
     return
-  checkpoint.write_json(
+  run_folder.write_json(
       os.path.join(cfg.workdir, 'config.json'), dataclasses.asdict(cfg)
   )
-  checkpoint.write_json(
+  run_folder.write_json(
       os.path.join(cfg.workdir, 'environment.json'),
       {
           'revision': revision(),
@@ -46,7 +46,7 @@ def write_stages(cfg: config.TrainConfig) -> None:
     if (final := checkpoint.final_of(cfg.workdir, stage)) is not None:
       about = json.loads((final / 'stage.json').read_text())
       stages[stage] = {k: v for k, v in about.items() if k != 'params'}
-  checkpoint.write_json(os.path.join(cfg.workdir, 'stages.json'), stages)
+  run_folder.write_json(os.path.join(cfg.workdir, 'stages.json'), stages)
 
 
 def versions() -> dict[str, str]:

@@ -6,9 +6,10 @@ import json
 import os
 from typing import Any, NamedTuple
 
+from etils import epath
 import jax
 
-from moellava_jax import checkpoint, config
+from moellava_jax import checkpoint, config, run_folder
 from moellava_jax.data import pipeline, shapes, sources, templates
 from moellava_jax.data import rows as rows_lib
 from moellava_jax.data import tokenizer as tokenizer_lib
@@ -152,10 +153,10 @@ def _make_tokenizer(cfg: config.TrainConfig) -> None:
   depends on it: then comparing the configs tells the user.
   """
   kept = os.path.join(cfg.workdir, 'tokenizer')
+  described = epath.Path(kept) / 'origin.json'
   origin = _origin(cfg)
-  if os.path.exists(os.path.join(kept, 'origin.json')):
-    with open(os.path.join(kept, 'origin.json'), encoding='utf-8') as file:
-      same = json.load(file) == origin
+  if described.exists():
+    same = json.loads(described.read_text()) == origin
     if same or _has_checkpoint(cfg):
       return
   if (given := _given(cfg.init)) is not None:
@@ -163,7 +164,7 @@ def _make_tokenizer(cfg: config.TrainConfig) -> None:
   else:
     tok = tokenizer_lib.train(_texts(cfg), cfg.model.llm.vocab_size)
   tok.save(kept)
-  checkpoint.write_json(os.path.join(kept, 'origin.json'), origin)
+  run_folder.write_json(described, origin)
 
 
 def _given(init_cfg: config.InitConfig) -> str | None:

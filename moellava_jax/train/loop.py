@@ -3,10 +3,10 @@
 
 import contextlib
 import dataclasses
-import pathlib
 import time
 from typing import Any, NamedTuple
 
+from etils import epath
 import jax
 import numpy as np
 
@@ -108,7 +108,7 @@ def _unfinished(cfg: config.TrainConfig) -> dict[str, str]:
       previous = init.predecessor(cfg, stage)
       if previous and origin == str(checkpoint.final_of(cfg.workdir, previous)):
         saved = config.from_json(
-            pathlib.Path(origin, 'config.json').read_text()
+            (epath.Path(origin) / 'config.json').read_text()
         )
         _check_same(saved, cfg, previous, origin)
   return todo
@@ -162,7 +162,7 @@ class _StageRun:
     )
     self._program = program.Program(cfg, stage, mesh, self._steps)
     # Of the save before the next record. The record of the step that is saved
-    # is on the disk by then, lest a kill leave the step without it.
+    # is in the file by then, lest a kill leave the step without it.
     self._save_seconds: float | None = None
     self._checkpoints = checkpoint.Stage(cfg.workdir, stage, cfg.checkpoint)
 
@@ -379,6 +379,7 @@ class _StageRun:
 
   def _save(self, step: int, state) -> None:
     self._watch_other(f'the checkpoint of step {step}')
+    self._writer.publish()  # The history must not lag behind the checkpoint.
     state = self._program.to_save(state)
     self._save_seconds = self._checkpoints.save(
         step,

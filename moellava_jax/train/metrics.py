@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run says: `metrics.jsonl`, a progress display, TensorBoard."""
 
-import contextlib
 import importlib.util
 import json
 import os
@@ -9,9 +8,10 @@ import sys
 from typing import Any
 import zlib
 
+from etils import epath
 import numpy as np
 
-from moellava_jax import config
+from moellava_jax import run_folder
 from moellava_jax.train import cluster
 
 
@@ -95,20 +95,16 @@ class Writer:
   """Appends records to `metrics.jsonl`, and to TensorBoard if installed.
 
   What comes after `step` of `stage` in an earlier history is forgotten, as it
-  will be done again; other stages keep theirs. Only process 0 writes.
+  will be done again; other stages keep theirs. Only process 0 writes. In gs://
+  the file has the records up to the last `publish`.
   """
 
   def __init__(self, workdir: str, stage: str, step: int):
-    self._file = self._board = None
+    self._lines = self._board = None
     if not cluster.is_first():
       return
     path = os.path.join(workdir, 'metrics.jsonl')
-    kept = _history(path, stage, step)
-    temporary = path + '.tmp'
-    with open(temporary, 'w', encoding='utf-8') as file:
-      file.writelines(kept)
-    os.replace(temporary, path)
-    self._file = open(path, 'a', encoding='utf-8')
+    self._lines = run_folder.Lines(path, _history(path, stage, step))
     if importlib.util.find_spec('tensorboardX') is not None:
       import tensorboardX
 
@@ -117,44 +113,38 @@ class Writer:
       )
 
   def write(self, record: dict[str, Any]) -> None:
-    if self._file is not None:
-      try:
-        self._file.write(json.dumps(record) + '\n')
-        self._file.flush()
-      except OSError as error:
-        path = self._file.name
-        with contextlib.suppress(OSError):
-          self._file.close()  # It would fail again, with what is left to write.
-        self._file = None
-        raise config.UserError(
-            f'{path} cannot be written: {error.strerror}. Make room'
-            ' or mend the disk, and run the same command again to go on after'
-            ' the last checkpoint.'
-        ) from error
+    if self._lines is not None:
+      self._lines.write(json.dumps(record) + '\n')
     if self._board is not None:
       for name, value in _scalars(record):
         self._board.add_scalar(name, value, record['step'])
 
+  def publish(self) -> None:
+    """Returns when the history is safe: the last thing before a checkpoint."""
+    if self._lines is not None:
+      self._lines.publish()
+
   def close(self) -> None:
-    if self._file is not None:
-      self._file.close()
+    if self._lines is not None:
+      self._lines.close()
     if self._board is not None:
       self._board.close()
 
 
-def _history(path: str, stage: str, step: int) -> list[str]:
+def _history(path: str, stage: str, step: int) -> str:
   """The lines of a history that stay when `stage` goes on after `step`."""
+  file = epath.Path(path)
+  if not file.exists():
+    return ''
   kept = []
-  if os.path.exists(path):
-    with open(path, encoding='utf-8') as file:
-      for line in file:
-        try:
-          record = json.loads(line)
-        except json.JSONDecodeError:  # Torn by a kill.
-          continue
-        if record['stage'] != stage or record['step'] <= step:
-          kept.append(line.rstrip('\n') + '\n')
-  return kept
+  for line in file.read_text().splitlines():
+    try:
+      record = json.loads(line)
+    except json.JSONDecodeError:  # Torn by a kill.
+      continue
+    if record['stage'] != stage or record['step'] <= step:
+      kept.append(line + '\n')
+  return ''.join(kept)
 
 
 def _scalars(record: dict[str, Any], prefix: str = ''):

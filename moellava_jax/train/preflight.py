@@ -12,7 +12,6 @@ import hashlib
 import os
 import pathlib
 import queue
-import shutil
 import threading
 import time
 from typing import Any
@@ -24,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import moellava_jax
-from moellava_jax import config, sharding, trees
+from moellava_jax import config, run_folder, sharding, trees
 from moellava_jax.train import about, cluster, placement
 
 _SUM_S = 300  # The first collective of a large cluster connects all devices.
@@ -40,6 +39,7 @@ def check(cfg: config.TrainConfig) -> dict[str, jax.sharding.Mesh]:
       several: they differ, the mesh does not fit, a collective fails, or the
       run folder cannot be written by all.
   """
+  run_folder.check(cfg.workdir)
   code = _code()
   settings = trees.flatten(dataclasses.asdict(cfg))
   cluster.agree(
@@ -148,10 +148,11 @@ def _files(root: str) -> str:
       folder.mkdir(parents=True, exist_ok=True)
       mine.write_bytes(content)
       same = mine.read_bytes() == content
-    except OSError as error:
+    except Exception as error:
       raise config.UserError(
-          f'The run folder {root} cannot be written: {error}. Make room there,'
-          ' or mend its permissions, or choose another --config.workdir.'
+          f'The run folder {root} cannot be written: {run_folder.reason(error)}.'
+          ' Make room there, or mend its permissions, or choose another'
+          ' --config.workdir.'
       ) from error
     if not same:
       raise config.UserError(
@@ -174,8 +175,7 @@ def _files(root: str) -> str:
     cluster.together('writing to the run folder', write)
     cluster.together('reading from the run folder', see)
   finally:
-    with contextlib.suppress(OSError):  # Where nothing could be written.
+    with contextlib.suppress(Exception):  # Where nothing could be written.
       mine.unlink(missing_ok=True)
-  if '://' in root:
-    return ''
-  return f', {shutil.disk_usage(root).free / 1e9:,.1f} GB free'
+  free = run_folder.room(root)
+  return '' if free is None else f', {free / 1e9:,.1f} GB free'

@@ -232,3 +232,26 @@ def test_bad_arguments(tmp_path, args, message):
   done = shell.run('local.sh', *args, env=shell.environment(tmp_path))
   assert done.returncode
   assert message in done.stderr
+
+
+@pytest.mark.parametrize(
+    ('extras', 'workdir', 'installed'),
+    [
+        ('wandb', 'gs://b/run', '[wandb,gcs]'),
+        ('', 'gs://b/run', '[gcs]'),
+        ('tpu', 'gs://b/run', '[tpu]'),  # Which has it.
+        ('wandb', 'runs/gs', '[wandb]'),
+    ],
+)
+def test_a_run_folder_in_a_store_needs_an_extra(
+    tmp_path, extras, workdir, installed
+):
+  env = shell.environment(tmp_path) | {'EXTRAS': extras, 'JAX_PLATFORMS': 'cpu'}
+  del env['VENV_PYTHON']
+  done = shell.run(
+      *('local.sh', '--dry-run', 'configs/shapes.py'),
+      *('--', f'--config.workdir={workdir}'),
+      env=env,
+  )
+  assert done.returncode == 0, done.stderr
+  assert f'{installed} into' in done.stdout

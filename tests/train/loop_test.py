@@ -47,6 +47,14 @@ class _Killed(Exception):
   pass
 
 
+def _noting(calls, function):
+  def noted(*args, **kwargs):
+    calls.append(function.__name__)
+    return function(*args, **kwargs)
+
+  return noted
+
+
 def test_all_stages_are_complete_and_logged(finished):
   history = _history(finished)
   assert [h[:2] for h in history] == [
@@ -84,10 +92,17 @@ def test_restart_equals_an_uninterrupted_run(
       raise _Killed
     return real(self, display, pending, *args)
 
+  calls = []
+  for where, name in (
+      (loop.metrics_lib.Writer, 'publish'),
+      (checkpoint.Stage, 'save'),
+  ):
+    monkeypatch.setattr(where, name, _noting(calls, getattr(where, name)))
   monkeypatch.setattr(loop._StageRun, '_log', dies)
   with pytest.raises(_Killed):
     loop.run(cfg)
   monkeypatch.undo()
+  assert calls == ['publish', 'save']  # A history never lacks saved steps.
   first = []
   start = loop.pipeline.train_batches
   monkeypatch.setattr(

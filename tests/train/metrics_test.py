@@ -44,7 +44,7 @@ def test_a_line_that_a_kill_has_torn_does_not_harm_the_history(tmp_path, torn):
 def test_a_full_disk_is_an_error_that_says_what_to_do(tmp_path):
   writer = metrics.Writer(str(tmp_path), 'warmup', 0)
   full = os.open('/dev/full', os.O_WRONLY)
-  os.dup2(full, writer._file.fileno())  # pyright: ignore
+  os.dup2(full, writer._lines._file.fileno())  # pyright: ignore
   os.close(full)
   with pytest.raises(config.UserError, match='No space left.*Make room'):
     writer.write(_record('warmup', 1))
