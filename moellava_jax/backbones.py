@@ -354,3 +354,31 @@ _LMS = (
 # By name. Sources: the `config.json` beside the published weights.
 TOWERS = {tower.name: tower for tower in _TOWERS}
 LMS = {lm.name: lm for lm in _LMS}
+
+# Positions that decoders were made for, by name: `max_position_embeddings` of
+# the same files (`seq_length` of Qwen 1). Names that are missing know no limit.
+POSITIONS = {
+    'phi2': 2048,
+    'stablelm_1_6b': 4096,
+    'qwen_1_8b': 8192,
+    'openchat_7b': 8192,
+    # Its window, which is not modelled.
+    'mistral_7b': 4096,
+    'llama2_7b': 4096,
+    'llama2_13b': 4096,
+    'vicuna_7b': 4096,
+    'vicuna_13b': 4096,
+    'qwen1_5_1_8b': 32768,
+    'qwen2_0_5b': 131072,
+    'qwen2_1_5b': 131072,
+    'qwen2_7b': 131072,
+    'qwen2_5_0_5b': 32768,
+    'qwen2_5_1_5b': 131072,
+    'qwen2_5_3b': 32768,
+    'qwen2_5_7b': 131072,
+    'qwen3_0_6b': 40960,
+    'qwen3_1_7b': 40960,
+    'qwen3_4b': 40960,
+    'qwen3_8b': 40960,
+    'minicpm_2b': 4096,
+}

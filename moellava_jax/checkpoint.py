@@ -416,6 +416,22 @@ def tokenizer_of(found: epath.Path) -> str:
   return str(found.parent.parent / 'tokenizer')
 
 
+def describe(path: str) -> tuple[config.TrainConfig, str]:
+  """(config, stage) of a checkpoint, for those who ask before they load it.
+
+  Raises:
+    CheckpointError: nothing there, or it cannot be read.
+  """
+  found = find(path)
+  with _explained(f'{found} cannot be read', _DAMAGED):
+    if (found / 'params').exists():
+      about = json.loads((found / 'stage.json').read_text())
+      text = (found / 'config.json').read_text()
+      return config.from_json(text), about['stage']
+    meta = _read_meta(found)
+    return config.from_dict(meta['config']), meta['stage']
+
+
 def load(
     path: str, shardings: dict[str, Any] | None = None, default: Any = None
 ) -> Model:

@@ -7,20 +7,17 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from PIL import Image
 
-from moellava_jax import checkpoint, config, sharding
+from moellava_jax import backbones, checkpoint, config, sharding, trees
 from moellava_jax.data import images, templates
 from moellava_jax.data import tokenizer as tokenizer_lib
+from moellava_jax.infer import answering, sampling, tracing
 from moellava_jax.infer import generate as generate_lib
+from moellava_jax.infer import requests as requests_lib
 from moellava_jax.model import llava
 
-
-class Request(NamedTuple):
-  """A conversation that ends with a question."""
-
-  turns: tuple[templates.Turn, ...]  # ('human', '<image>\nWhat is it?'), ...
-  images: tuple[Image.Image | str, ...]  # One per `<image>`, in order.
+Request = requests_lib.Request
+Answer = answering.Answer
 
 
 class Chat(NamedTuple):
@@ -30,47 +27,68 @@ class Chat(NamedTuple):
   digest: str  # Identifies the weights.
   model: llava.Llava
   params: Any
-  mesh: jax.sharding.Mesh  # All devices, each with all parameters.
+  mesh: jax.sharding.Mesh
   config: config.TrainConfig
   stage: str
   tokenizer: tokenizer_lib.Tokenizer
   template: templates.Template
+  max_positions: int | None  # Of prompt and answer; None: no limit is known.
+
+  @property
+  def stop(self) -> tuple[str, ...]:
+    """The template's own stop strings, beside the end token."""
+    own = self.template.stop
+    return () if own == self.tokenizer.special['eos_token'] else (own,)
 
   def encode(self, request: Request) -> generate_lib.Prompt:
     """Renders, tokenises and expands a request.
 
     Raises:
-      ValueError: as many `<image>` marks as images are required, and an image
+      UserError: as many `<image>` marks as images are required, and an image
         must be readable.
     """
     segments = templates.render(self.template, request.turns)
     ids_L, _ = tokenizer_lib.tokenize(segments, self.tokenizer)
+    return self._expand(ids_L, request.images)
+
+  def _expand(self, ids_L, shown) -> generate_lib.Prompt:
     marks = int(np.sum(ids_L == config.IMAGE_TOKEN))
-    if marks != len(request.images):
-      raise ValueError(
-          f'The conversation has {marks} <image> marks, but {len(request.images)}'
+    if marks != len(shown):
+      raise config.UserError(
+          f'The conversation has {marks} <image> marks, but {len(shown)}'
           ' images were given; write one mark for each image.'
       )
     vision = self.model.cfg.vision
     count_L = np.where(ids_L == config.IMAGE_TOKEN, vision.num_tokens, 1)
-    pixels = [self._pixels(image) for image in request.images]
+    pixels = [self._pixels(image) for image in shown]
     size = vision.image_size
     return generate_lib.Prompt(
         np.repeat(ids_L, count_L),
         np.array(pixels, np.uint8).reshape(-1, size, size, 3),
     )
 
-  def _pixels(self, image: Image.Image | str) -> np.ndarray:
+  def _pixels(self, image: requests_lib.Picture) -> np.ndarray:
     if isinstance(image, (str, os.PathLike)):
       image = images.load(image)
     vision = self.model.cfg.vision
     return images.preprocess(
         image.convert('RGB'),
         vision.image_size,
-        self.config.data.image_aspect,
+        _asked(self.config, self.stage).image_aspect
+        or self.config.data.image_aspect,
         vision.resize,
         vision.mean,
     )
+
+  def check_positions(self, positions: int, what: str) -> None:
+    """Raises UserError if `what` takes more positions than the model has."""
+    if self.max_positions is not None and positions > self.max_positions:
+      raise config.UserError(
+          f'{what} takes {positions} positions, but'
+          f' {self.model.cfg.llm.name} was made for {self.max_positions}'
+          f' (an image takes {self.model.cfg.vision.num_tokens}). Shorten the'
+          ' conversation, or ask for fewer new tokens.'
+      )
 
   def generate(
       self,
@@ -79,7 +97,9 @@ class Chat(NamedTuple):
       max_new_tokens: int,
       temperature: float = 0.0,
       top_p: float = 1.0,
+      top_k: int = 0,
       seed: int = 0,
+      stop: Sequence[str] = (),
       batch_size: int = 16,
   ) -> list[str]:
     """Answers many requests; the order and the batch size change nothing.
@@ -89,28 +109,195 @@ class Chat(NamedTuple):
       max_new_tokens: of an answer.
       temperature: 0 is greedy and deterministic.
       top_p: nucleus of sampling.
-      seed: of sampling.
+      top_k: that many tokens are sampled from; 0: all.
+      seed: of sampling; request n is answered as one alone with `seed + n` is.
+      stop: strings that end an answer, beside the template's own.
       batch_size: rows that are computed together, also if there are fewer
         requests: every number of rows is a program of its own.
     """
-    options = generate_lib.Options(max_new_tokens, temperature, top_p, seed)
-    answers = []
+    options = [
+        sampling.Options(temperature, top_p, top_k, seed + n)
+        for n in range(len(requests))
+    ]
+    found = self.answer(
+        requests,
+        options,
+        max_new_tokens=max_new_tokens,
+        stop=stop,
+        batch_size=batch_size,
+    )
+    return [answer.text for answer in found]
+
+  def answer(
+      self,
+      requests: Sequence[Request],
+      options: Sequence[sampling.Options],
+      *,
+      max_new_tokens: int,
+      stop: Sequence[str] = (),
+      batch_size: int = 16,
+      trace: bool = False,
+  ) -> list[Answer]:
+    """`generate` with options of each request, and all that is known then.
+
+    Args:
+      requests: see `Request`.
+      options: as many.
+      max_new_tokens: of an answer.
+      stop: strings that end an answer, beside the template's own.
+      batch_size: see `generate`.
+      trace: whether to record the routing of prompts and answers. The last
+        token of an answer is not routed, as nothing follows it.
+
+    Raises:
+      UserError: a request or an option that cannot be, or a trace of a dense
+        model.
+    """
+    if trace:
+      tracing.require_experts(self.model.cfg, self.name)
+    found: list[Answer] = []
+    writer = self._writer(max_new_tokens, stop)
     for first in range(0, len(requests), batch_size):
-      prompts = [self.encode(r) for r in requests[first : first + batch_size]]
-      answers += generate_lib.generate(
-          self.model,
-          self.params,
-          prompts,
-          options,
-          eos_id=self.tokenizer.eos_id,
-          rows=batch_size,
-          mesh=self.mesh,
-          first_row=first,
+      part = slice(first, first + batch_size)
+      prompts = [self.encode(request) for request in requests[part]]
+      for n, prompt in enumerate(prompts, first):
+        self._check_room(prompt, max_new_tokens, f'Request {n} (from 0)')
+      found += writer.answers(
+          prompts, options[part], rows=batch_size, trace=trace
       )
-    return [self.tokenizer.decode(ids).strip() for ids in answers]
+    return found
+
+  def _writer(self, max_new_tokens, stop) -> answering.Writer:
+    if max_new_tokens < 1:
+      raise config.UserError(
+          f'max_new_tokens={max_new_tokens}: expected at least 1.'
+      )
+    stop = (stop,) if isinstance(stop, str) else tuple(stop)
+    return answering.Writer(
+        self.model,
+        self.params,
+        self.tokenizer,
+        self.mesh,
+        tuple(dict.fromkeys((*self.stop, *stop))),
+        max_new_tokens,
+    )
+
+  def _check_room(self, prompt, max_new_tokens, what) -> None:
+    positions = len(prompt.tokens_L) + max_new_tokens
+    self.check_positions(
+        positions, f'{what} with its {max_new_tokens} new tokens'
+    )
+
+  def chat(
+      self,
+      image: Any,
+      text: str | Sequence[str],
+      *,
+      history: Sequence[requests_lib.Exchange] = (),
+      stream: bool = False,
+      max_new_tokens: int = 256,
+      temperature: float = 0.0,
+      top_p: float = 1.0,
+      top_k: int = 0,
+      seed: int = 0,
+      stop: Sequence[str] = (),
+  ) -> Any:
+    """Answers a question about an image, or a batch of them.
+
+    Args:
+      image: a PIL image, the path of a file, a list of these, or None. For a
+        list of texts a list with one such entry for each of them.
+      text: the question, or a list of questions that are answered together.
+        `<image>` says where an image is; without, images come first.
+      history: earlier (question, answer) turns of the conversation.
+      stream: return an iterator of pieces of the answer, as they are written.
+      max_new_tokens: of an answer.
+      temperature: 0 is greedy and deterministic.
+      top_p: nucleus of sampling.
+      top_k: that many tokens are sampled from; 0: all.
+      seed: of sampling; that of question n of a list is `seed + n`.
+      stop: strings that end an answer, beside the template's own.
+
+    Returns:
+      str, the answer without white space at its ends; list[str] for a list of
+      texts; with `stream` Iterator[str], its pieces.
+
+    Raises:
+      UserError: marks and images do not match, an image cannot be read, the
+        conversation is too long for the model, or an option that cannot be.
+    """
+    options = sampling.Options(temperature, top_p, top_k, seed)
+    options.check()
+    if not isinstance(text, str):
+      if stream:
+        raise config.UserError(
+            f'stream=True goes with one text, not with a list of {len(text)}.'
+        )
+      asked = requests_lib.conversations(image, text, history)
+      return self.generate(
+          asked,
+          max_new_tokens=max_new_tokens,
+          **options._asdict(),
+          stop=stop,
+          batch_size=max(len(asked), 1),
+      )
+    request = requests_lib.conversation(image, text, history)
+    if stream:
+      writer = self._writer(max_new_tokens, stop)
+      prompt = self.encode(request)
+      self._check_room(prompt, max_new_tokens, 'The conversation')
+      return writer.pieces(prompt, options)
+    (answer,) = self.answer(
+        [request],
+        [options],
+        max_new_tokens=max_new_tokens,
+        stop=stop,
+        batch_size=1,
+    )
+    return answer.text
+
+  def trace(
+      self,
+      image: Any,
+      text: str,
+      answer: str | None = None,
+      *,
+      history: Sequence[requests_lib.Exchange] = (),
+      max_new_tokens: int = 256,
+  ) -> tracing.Routing:
+    """Which experts a conversation goes to, its answer included.
+
+    Args:
+      image: see `chat`.
+      text: the question.
+      answer: None: the model's own, greedily.
+      history: earlier turns.
+      max_new_tokens: of the model's own answer.
+
+    Raises:
+      UserError: the model is dense, or what `chat` raises.
+    """
+    tracing.require_experts(self.model.cfg, self.name)
+    if answer is None:
+      answer = self.chat(
+          image, text, history=history, max_new_tokens=max_new_tokens
+      )
+    request = requests_lib.conversation(image, text, history)
+    before = self.encode(request)
+    whole = self.encode(
+        request._replace(turns=(*request.turns, ('gpt', answer)))
+    )
+    self.check_positions(len(whole.tokens_L), 'The conversation')
+    return tracing.trace(
+        self.model, self.params, whole, len(before.tokens_L), self.mesh
+    )
 
 
-def load(path: str, cpu_devices: int = 1) -> Chat:
+def load(
+    path: str,
+    cpu_devices: int = 1,
+    mesh: jax.sharding.Mesh | None = None,
+) -> Chat:
   """Loads a RUN, STAGE, STEP or final directory.
 
   Stages 0 and I have not seen a conversation; they are asked in the template
@@ -120,24 +307,50 @@ def load(path: str, cpu_devices: int = 1) -> Chat:
     path: a RUN, STAGE, STEP or final directory.
     cpu_devices: devices to simulate where there is only a CPU; batches are
       split over all devices.
+    mesh: where the parameters lie, split by the rules of `sharding`, such as
+      `sharding.make_mesh` makes for a model that is larger than a device. None:
+      all devices, each with all parameters.
 
   Raises:
-    checkpoint.CheckpointError: nothing to load there.
+    CheckpointError: nothing to load there.
   """
   sharding.simulate_devices(cpu_devices)
-  mesh = sharding.data_mesh()
-  found = checkpoint.load(path, default=sharding.replicated(mesh))
-  cfg = found.config
-  asked = 'finetune' if found.stage in ('warmup', 'pretrain') else found.stage
-  template = templates.get(cfg.stage(asked).template)
+  mesh = sharding.data_mesh() if mesh is None else mesh
+  cfg, stage = checkpoint.describe(path)
+  model = llava.Llava(cfg.stage_model(stage))
+  found = checkpoint.load(
+      path, places(model, mesh), default=sharding.replicated(mesh)
+  )
+  template = templates.get(_asked(cfg, stage).template)
   return Chat(
       os.path.basename(os.path.normpath(path)),
       checkpoint.fingerprint(found.params),
-      llava.Llava(cfg.stage_model(found.stage)),
+      model,
       found.params,
       mesh,
       cfg,
-      found.stage,
+      stage,
       tokenizer_lib.load(found.tokenizer_dir),
       template,
+      backbones.POSITIONS.get(cfg.model.llm.name),
   )
+
+
+def _asked(cfg: config.TrainConfig, stage: str) -> config.StageConfig:
+  """The section that says how a model of a stage is asked."""
+  return cfg.stage('finetune' if stage in ('warmup', 'pretrain') else stage)
+
+
+def places(model: llava.Llava, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+  """Path of a parameter -> its sharding, where the mesh splits parameters."""
+  if mesh.size == mesh.shape['data']:
+    return {}
+  rng = jax.random.key(0)
+  boxed = jax.eval_shape(
+      lambda: model.init(
+          {'params': rng, 'router': rng},
+          **llava.dummy_inputs(model.cfg),
+          train=False,
+      )['params']
+  )
+  return trees.flatten(sharding.of_parameters(boxed, mesh))

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batched generation with a key/value cache: prefill, then one compiled loop.
+"""Batched generation: prompts of any length in arrays of few shapes.
 
-Prompts of different lengths share a batch: rows are right-padded, every row
-has its own positions, and a padded position is neither seen by attention nor
-routed. So an answer does not depend on the batch it is computed in.
+Lengths, numbers of images and of new tokens are padded to buckets; a program is
+compiled for each bucket, and for nothing else.
 """
 
+from collections.abc import Sequence
 import functools
 from typing import Any, NamedTuple
 
@@ -14,8 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from moellava_jax import sharding
-from moellava_jax.infer import sampling
+from moellava_jax.infer import decode, sampling
 from moellava_jax.model import llava
+
+_ENDS = 8  # Tokens that may end an answer.
 
 
 class Prompt(NamedTuple):
@@ -25,13 +27,20 @@ class Prompt(NamedTuple):
   images_IHWC: np.ndarray  # uint8.
 
 
-class Options(NamedTuple):
-  """How tokens are chosen; temperature 0 is greedy."""
+class Padded(NamedTuple):
+  tokens_BT: np.ndarray  # int32.
+  lengths_B: np.ndarray  # int32.
+  images_BIHWC: np.ndarray | None  # uint8; None: no row has an image.
 
-  max_new_tokens: int
-  temperature: float
-  top_p: float
-  seed: int
+
+class Run(NamedTuple):
+  """A batch that is being answered, on the device."""
+
+  state: decode.State
+  answers_BN: jax.Array  # int32, `count` columns of which are chosen.
+  done_B: jax.Array  # bool.
+  count: jax.Array  # int32.
+  routed: decode.Routed | None  # Of the answers' tokens, T = N.
 
 
 def bucket(length: int) -> int:
@@ -42,17 +51,29 @@ def bucket(length: int) -> int:
   return size
 
 
+def image_slots(images: int) -> int:
+  """The padded number of images: 0, 1, 2, 4, 8, ..."""
+  return 0 if images == 0 else 1 << (images - 1).bit_length()
+
+
 def pad(
-    prompts: list[Prompt], rows: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-  """Prompts -> (tokens_BT, lengths_B, images_BIHWC or None) of `rows` rows.
+    prompts: Sequence[Prompt], rows: int, longest: int | None = None
+) -> Padded:
+  """Prompts in `rows` rows, as long as their bucket.
 
   Missing rows are one-token prompts that nobody reads.
+
+  Args:
+    prompts: at most `rows`.
+    rows: of the result.
+    longest: no row is padded beyond this length; None: no limit.
   """
   length = bucket(max(len(p.tokens_L) for p in prompts))
+  if longest is not None:
+    length = min(length, longest)
   tokens_BT = np.zeros((rows, length), np.int32)
   lengths_B = np.ones(rows, np.int32)
-  slots = max(len(p.images_IHWC) for p in prompts)
+  slots = image_slots(max(len(p.images_IHWC) for p in prompts))
   images_BIHWC = None
   if slots:
     shape = next(p.images_IHWC.shape[1:] for p in prompts if len(p.images_IHWC))
@@ -62,138 +83,188 @@ def pad(
     lengths_B[row] = len(prompt.tokens_L)
     if images_BIHWC is not None:
       images_BIHWC[row, : len(prompt.images_IHWC)] = prompt.images_IHWC
-  return tokens_BT, lengths_B, images_BIHWC
+  return Padded(tokens_BT, lengths_B, images_BIHWC)
 
 
-@functools.partial(
-    jax.jit, static_argnames=('model', 'max_new_tokens', 'eos_id', 'greedy')
-)
-def _generate(
+@functools.partial(jax.jit, static_argnames=('model', 'new', 'mesh', 'trace'))
+def _start(
     model: llava.Llava,
     params: Any,
     tokens_BT: jax.Array,
     lengths_B: jax.Array,
     images_BIHWC: jax.Array | None,
-    keys_B: jax.Array,
-    temperature: jax.Array,
-    top_p: jax.Array,
+    given: sampling.Rows,
+    unused_B: jax.Array,
+    ends_E: jax.Array,
     *,
-    max_new_tokens: int,
-    eos_id: int,
-    greedy: bool,
-) -> jax.Array:
-  """Returns int32 `[B, max_new_tokens]`, filled with `eos_id` after the end."""
-  b, t = tokens_BT.shape
-  dtype = llava.compute_dtype(model.cfg.compute_dtype)
-  cache = llava.init_cache(model.cfg.llm, b, t + max_new_tokens, dtype)
-  positions_BT = jnp.broadcast_to(jnp.arange(t), (b, t))
-
-  def forward(tokens, segments, positions, images, cache):
-    # Only a model that is told to sample its second expert in evaluation
-    # (the original does) draws from this.
-    rngs = {'router': jax.random.key(0)}
-    return llava.forward(
-        model,
-        params,
-        tokens,
-        segments,
-        positions,
-        images,
-        train=False,
-        cache=cache,
-        rngs=rngs,
-    )
-
-  def choose(logits_BV, step):
-    if greedy:
-      return sampling.greedy(logits_BV)
-    keys = jax.vmap(jax.random.fold_in, (0, None))(keys_B, step)
-    return sampling.sample(keys, logits_BV, temperature, top_p)
-
-  out = forward(
+    new: int,
+    mesh: jax.sharding.Mesh,
+    trace: bool,
+) -> tuple[Run, decode.Routed | None]:
+  """Prefill: a `Run` with one token, and the routing of the prompts."""
+  state, routed = decode.prefill(
+      model,
+      params,
       tokens_BT,
-      (positions_BT < lengths_B[:, None]).astype(jnp.int32),
-      positions_BT,
+      lengths_B,
       images_BIHWC,
-      cache,
+      given,
+      size=tokens_BT.shape[1] + new,
+      mesh=mesh,
+      trace=trace,
   )
-  last_BV = jnp.take_along_axis(
-      out.logits_BTV, (lengths_B - 1)[:, None, None], axis=1
-  )[:, 0]
-  token_B = choose(last_BV, 0)
-  answers_BT = jnp.full((b, max_new_tokens), eos_id, jnp.int32)
-
-  def unfinished(carry):
-    step, _token_B, done_B, _, _ = carry
-    return (step < max_new_tokens) & ~jnp.all(done_B)
-
-  def advance(carry):
-    step, token_B, done_B, answers_BT, cache = carry
-    token_B = jnp.where(done_B, eos_id, token_B)
-    answers_BT = answers_BT.at[:, step].set(token_B)
-    done_B |= token_B == eos_id
-    out = forward(
-        token_B[:, None],
-        jnp.ones((b, 1), jnp.int32),
-        (lengths_B + step)[:, None],
-        None,
-        cache,
+  rows = len(lengths_B)
+  answers_BN = jnp.zeros((rows, new), jnp.int32).at[:, 0].set(state.token_B)
+  done_B = unused_B | jnp.isin(state.token_B, ends_E)
+  buffers = None
+  if routed is not None:
+    buffers = jax.tree.map(
+        lambda x: jnp.zeros((*x.shape[:2], new, *x.shape[3:]), x.dtype), routed
     )
-    token_B = choose(out.logits_BTV[:, 0], step + 1)
-    return step + 1, token_B, done_B, answers_BT, out.cache
-
-  start = (0, token_B, jnp.zeros(b, bool), answers_BT, out.cache)
-  return jax.lax.while_loop(unfinished, advance, start)[3]
+  return Run(state, answers_BN, done_B, jnp.int32(1), buffers), routed
 
 
-def generate(
+@functools.partial(
+    jax.jit, static_argnames=('model', 'mesh'), donate_argnames='run'
+)
+def _advance(
     model: llava.Llava,
     params: Any,
-    prompts: list[Prompt],
-    options: Options,
+    run: Run,
+    done_B: jax.Array,
+    ends_E: jax.Array,
+    until: jax.Array,
     *,
-    eos_id: int,
-    rows: int,
     mesh: jax.sharding.Mesh,
-    first_row: int = 0,
-) -> list[np.ndarray]:
-  """Returns the new tokens of every prompt, without the end token.
+) -> Run:
+  """Goes on until `until` tokens are chosen or all rows are done."""
 
-  Args:
-    model: dense or sparse.
-    params: its parameters.
-    prompts: at most `rows`.
-    options: see `Options`.
-    eos_id: ends an answer.
-    rows: static batch size, split over the devices if it is a multiple of
-      their number.
-    mesh: where `params` are.
-    first_row: number of the first prompt; with the seed it decides the random
-      numbers of a row, wherever the row lands.
-  """
-  tokens_BT, lengths_B, images_BIHWC = pad(prompts, rows)
-  keys_B = jax.vmap(jax.random.fold_in, (None, 0))(
-      jax.random.key(options.seed), jnp.arange(rows) + first_row
-  )
-  where = sharding.replicated(mesh)
-  if rows % sharding.batch_divisor(mesh) == 0:
-    where = sharding.of_batch(mesh)
-  batch = jax.device_put((tokens_BT, lengths_B, images_BIHWC, keys_B), where)
-  with sharding.use(mesh):
-    answers_BT = np.asarray(
-        _generate(
-            model,
-            params,
-            *batch,
-            jnp.float32(max(options.temperature, 1e-6)),
-            jnp.float32(options.top_p),
-            max_new_tokens=options.max_new_tokens,
-            eos_id=eos_id,
-            greedy=options.temperature == 0,
-        )
+  def unfinished(run):
+    return (run.count < until) & ~jnp.all(run.done_B)
+
+  def go_on(run):
+    state, routed = decode.step(
+        model,
+        params,
+        run.state,
+        ~run.done_B,
+        mesh=mesh,
+        trace=run.routed is not None,
     )
-  answers = []
-  for row in range(len(prompts)):
-    ends = np.flatnonzero(answers_BT[row] == eos_id)
-    answers.append(answers_BT[row, : ends[0] if len(ends) else None])
-  return answers
+    if routed is not None:
+      routed = jax.tree.map(
+          lambda old, new: old.at[:, :, run.count - 1].set(new[:, :, 0]),
+          run.routed,
+          routed,
+      )
+    return Run(
+        state,
+        run.answers_BN.at[:, run.count].set(state.token_B),
+        run.done_B | jnp.isin(state.token_B, ends_E),
+        run.count + 1,
+        routed,
+    )
+
+  run = run._replace(done_B=run.done_B | done_B)
+  return jax.lax.while_loop(unfinished, go_on, run)
+
+
+class Batch:
+  """Prompts that are answered together.
+
+  Attributes:
+    rows: static batch size.
+    count: tokens that every row has been given; those behind the end of a row
+      mean nothing.
+  """
+
+  def __init__(
+      self,
+      model: llava.Llava,
+      params: Any,
+      prompts: Sequence[Prompt],
+      options: Sequence[sampling.Options],
+      *,
+      max_new_tokens: int,
+      ends: Sequence[int],
+      rows: int,
+      mesh: jax.sharding.Mesh,
+      trace: bool = False,
+  ):
+    """Reads the prompts and chooses the first token of each.
+
+    Args:
+      model: dense or sparse.
+      params: its parameters.
+      prompts: at most `rows`.
+      options: how tokens of each prompt are chosen.
+      max_new_tokens: at most so many of a row.
+      ends: tokens that end an answer, 8 of them at most.
+      rows: static batch size; split over the devices if it is a multiple of
+        the data axes of the mesh.
+      mesh: where `params` are.
+      trace: whether to record where tokens go; the model must be sparse.
+    """
+    assert len(prompts) <= rows and len(ends) <= _ENDS
+    self.rows, self.count = rows, 1
+    self._model, self._params, self._mesh = model, params, mesh
+    self._most = max_new_tokens
+    padded = pad(prompts, rows)
+    self._lengths_B = padded.lengths_B
+    unused_B = np.arange(rows) >= len(prompts)
+    batch = (*padded, sampling.rows(options, rows), unused_B)
+    self._where = decode.rows_sharding(mesh, rows)
+    self._ends_E = np.full(_ENDS, -1, np.int32)
+    self._ends_E[: len(ends)] = ends
+    with sharding.use(mesh):
+      self._run, self._routed = _start(
+          model,
+          params,
+          *jax.device_put(batch, self._where),
+          self._ends_E,
+          new=bucket(max_new_tokens),
+          mesh=mesh,
+          trace=trace,
+      )
+
+  def tokens(self) -> np.ndarray:
+    """The tokens chosen so far, int32 `[B, count]`, ends included."""
+    # A copy: the next step writes into the same memory.
+    return np.array(self._run.answers_BN)[:, : self.count]
+
+  def advance(self, count: int, done_B: np.ndarray) -> bool:
+    """Chooses up to `count` more tokens of every row that is not done.
+
+    Args:
+      count: fewer if all rows are done, or have `max_new_tokens`.
+      done_B: bool, rows that need no more.
+
+    Returns:
+      Whether any row needs more.
+    """
+    until = min(self.count + count, self._most)
+    with sharding.use(self._mesh):
+      self._run = _advance(
+          self._model,
+          self._params,
+          self._run,
+          jax.device_put(done_B, self._where),
+          self._ends_E,
+          np.int32(until),
+          mesh=self._mesh,
+      )
+    self.count = int(self._run.count)
+    return self.count < self._most and not np.all(self._run.done_B)
+
+  def routed(self, row: int, new: int) -> decode.Routed:
+    """Where the tokens of a prompt and `new` of its answer went, B = 1."""
+    assert self._routed is not None and self._run.routed is not None
+    length = int(self._lengths_B[row])
+    return jax.tree.map(
+        lambda prompt, answer: np.concatenate(
+            [prompt[:, row : row + 1, :length], answer[:, row : row + 1, :new]],
+            axis=2,
+        ),
+        jax.device_get(self._routed),
+        jax.device_get(self._run.routed),
+    )

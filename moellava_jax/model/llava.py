@@ -66,6 +66,7 @@ class Llava(nn.Module):
       *,
       train: bool,
       cache: tuple[attention.KVCache, ...] | None = None,
+      logits_at_B: jax.Array | None = None,
   ) -> LlavaOutput:
     """Next-token logits for every position.
 
@@ -77,6 +78,8 @@ class Llava(nn.Module):
         image (decoding).
       train: dropout, sampled routing and training capacity.
       cache: written at `positions_BT`; attention then sees the cache only.
+      logits_at_B: int32, the only column of each row that needs logits, which
+        are then `[B, 1, V]`. Those of a long prompt are larger than the model.
     """
     is_token_BT = segment_ids_BT > 0
     is_image_BT = (tokens_BT == config.IMAGE_TOKEN) & is_token_BT
@@ -103,7 +106,12 @@ class Llava(nn.Module):
         cache,
         train=train,
     )
-    return LlavaOutput(self.llm.logits(out.hidden_BTD), out.moe, out.cache)
+    hidden_BTD = out.hidden_BTD
+    if logits_at_B is not None:
+      hidden_BTD = jnp.take_along_axis(
+          hidden_BTD, logits_at_B[:, None, None], axis=1
+      )
+    return LlavaOutput(self.llm.logits(hidden_BTD), out.moe, out.cache)
 
 
 def forward(

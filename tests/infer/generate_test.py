@@ -12,6 +12,7 @@ from moellava_jax.model import llava
 from tests import tiny
 
 END = 3
+NEW = 6
 
 
 def _prompts(cfg, count=5, seed=0):
@@ -29,18 +30,29 @@ def _prompts(cfg, count=5, seed=0):
   return prompts
 
 
-def _generate(cfg, params, prompts, rows, *, first_row=0, **changes):
-  options = generate.Options(6, 0.0, 1.0, 0)._replace(**changes)
-  return generate.generate(
+def _generate(
+    cfg, params, prompts, rows, *, end=END, first_seed=0, mesh=None, **options
+):
+  """New tokens of each prompt, without the end; seeds count from the first."""
+  batch = generate.Batch(
       llava.Llava(cfg),
       params,
       prompts,
-      options,
-      eos_id=END,
+      [
+          sampling.Options(**options)._replace(seed=first_seed + n)
+          for n in range(len(prompts))
+      ],
+      max_new_tokens=NEW,
+      ends=(end,),
       rows=rows,
-      mesh=sharding.data_mesh(),
-      first_row=first_row,
+      mesh=sharding.data_mesh() if mesh is None else mesh,
   )
+  batch.advance(NEW, np.zeros(rows, bool))
+  answers = []
+  for tokens in batch.tokens()[: len(prompts)]:
+    ends = np.flatnonzero(tokens == end)
+    answers.append(tokens[: ends[0] if len(ends) else None])
+  return answers
 
 
 @pytest.mark.parametrize('moe', [False, True])
@@ -51,7 +63,7 @@ def test_a_ragged_batch_equals_one_by_one(moe, temperature):
   together = _generate(cfg, params, prompts, 8, temperature=temperature)
   for n, prompt in enumerate(prompts):
     (alone,) = _generate(
-        cfg, params, [prompt], 1, temperature=temperature, first_row=n
+        cfg, params, [prompt], 1, temperature=temperature, first_seed=n
     )
     np.testing.assert_array_equal(together[n], alone)
 
@@ -91,32 +103,26 @@ def test_stops_at_the_end_token():
   cfg = tiny.model_config()
   params, prompts = tiny.params_of(cfg), _prompts(cfg, 2)
   first, _ = _generate(cfg, params, prompts, 2)
-  options = generate.Options(6, 0.0, 1.0, 0)
-  again = generate.generate(
-      llava.Llava(cfg),
-      params,
-      prompts,
-      options,
-      eos_id=int(first[2]),
-      rows=2,
-      mesh=sharding.data_mesh(),
-  )[0]
+  again, _ = _generate(cfg, params, prompts, 2, end=int(first[2]))
   stop = list(first).index(first[2])
   np.testing.assert_array_equal(again, first[:stop])
 
 
-def test_one_program_serves_a_bucket():
+def _compiled():
+  return generate._start._cache_size(), generate._advance._cache_size()
+
+
+def test_one_program_serves_a_bucket_whatever_is_asked():
   cfg = tiny.model_config(width=24)
-  params, prompts = tiny.params_of(cfg), _prompts(cfg, 2)
-  before = generate._generate._cache_size()
-  for prompt in prompts:
-    for cut in (0, 1):
-      shorter = prompt._replace(
-          tokens_L=prompt.tokens_L[: len(prompt.tokens_L) - cut],
-          images_IHWC=prompts[0].images_IHWC,
-      )
-      _generate(cfg, params, [shorter], 2)
-  assert generate._generate._cache_size() == before + 1
+  params, prompts = tiny.params_of(cfg), _prompts(cfg, 5)
+  shown = [p for p in prompts if len(p.images_IHWC)][:2]
+  start, advance = _compiled()
+  _generate(cfg, params, shown, 2)
+  cut = shown[1]._replace(tokens_L=shown[1].tokens_L[:-1])
+  _generate(cfg, params, [cut], 2)  # Shorter, and fewer rows.
+  _generate(cfg, params, shown, 2, temperature=0.7, top_p=0.9, top_k=3)
+  _generate(cfg, params, shown, 2, end=7, first_seed=9)
+  assert _compiled() == (start + 1, advance + 1)
 
 
 def test_buckets_grow_by_half_at_most():
@@ -126,13 +132,30 @@ def test_buckets_grow_by_half_at_most():
   assert all(b <= 1.5 * a for a, b in itertools.pairwise(sizes))
 
 
+def _drawn(logits_V, count=400, **options):
+  given = sampling.rows(
+      [sampling.Options(seed=n, **options) for n in range(count)], count
+  )
+  logits_BV = jnp.tile(jnp.asarray(logits_V), (count, 1))
+  draw = jax.jit(sampling.choose)
+  return np.asarray(draw(given, logits_BV, jnp.zeros(count, jnp.int32)))
+
+
+LOGITS_V = np.log([0.5, 0.3, 0.15, 0.05], dtype=np.float32)
+
+
 def test_nucleus_keeps_the_smallest_set_of_that_mass():
-  logits_BV = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]] * 400))
-  keys = jax.random.split(jax.random.key(0), 400)
   for top_p, kept in ((0.5, {0}), (0.7, {0, 1}), (0.9, {0, 1, 2}), (1.0, None)):
-    drawn = set(np.asarray(sampling.sample(keys, logits_BV, 1.0, top_p)))
+    drawn = set(_drawn(LOGITS_V, temperature=1.0, top_p=top_p))
     assert drawn == (kept or {0, 1, 2, 3})
-  cold = np.asarray(sampling.sample(keys, logits_BV, 0.01, 1.0))
-  assert set(cold) == {0}
-  share = np.mean(np.asarray(sampling.sample(keys, logits_BV, 1.0, 1.0)) == 0)
+  assert set(_drawn(LOGITS_V, temperature=0.01)) == {0}
+  share = np.mean(_drawn(LOGITS_V, temperature=1.0) == 0)
   assert 0.4 < share < 0.6
+
+
+def test_top_k_keeps_the_largest_and_counts_before_the_nucleus():
+  for top_k, kept in ((1, {0}), (2, {0, 1}), (3, {0, 1, 2}), (9, {0, 1, 2, 3})):
+    assert set(_drawn(LOGITS_V, temperature=1.0, top_k=top_k)) == kept
+  # Of the two largest the first has 0.625; of all it has half.
+  assert set(_drawn(LOGITS_V, temperature=1.0, top_k=2, top_p=0.6)) == {0}
+  assert set(_drawn(LOGITS_V, temperature=1.0, top_p=0.6)) == {0, 1}
