@@ -177,6 +177,8 @@ class Api:
       ) from None
     # Also when this coroutine ends in whatever way: `gone` is cancelled then.
     gone.add_done_callback(lambda _: self._scheduler.cancel(job))
+    # The engine may be in the middle of a step; nobody waits for it.
+    gone.add_done_callback(lambda _: pieces.put_nowait(scheduler.CANCELLED))
     about = objects.answering(
         self._name, self._fingerprint, len(prepared.prompt.tokens_L)
     )

@@ -61,10 +61,10 @@ def parse(value: Any) -> Conversation:
             f'{where} is from {role}: expected only before the first question.',
             f'{where}.role',
         )
-      system.append(_only_text(content, where))
+      system.append(_only_text(content, role, where))
       continue
     if role == 'assistant':
-      said = _only_text(content, where)
+      said = _only_text(content, role, where)
     else:
       said = _question(content, where, images)
     side = _SIDES[role]
@@ -85,8 +85,13 @@ def parse(value: Any) -> Conversation:
   return Conversation(joined or None, tuple(turns), tuple(images))
 
 
-def text(value: Any, param: str) -> str:
+def text(value: Any, param: str, *, of_model: bool = False) -> str:
   """Returns `value` if it is a text that a tokenizer can read.
+
+  Args:
+    value: what was given.
+    param: the field, for messages.
+    of_model: whether it is an answer, which may hold control characters.
 
   Raises:
     ApiError: 400: not a text, or one with half a surrogate pair, a control
@@ -102,7 +107,8 @@ def text(value: Any, param: str) -> str:
         f' {error.start}.',
         param,
     ) from None
-  if (found := _CONTROL.search(value)) is not None:
+  found = None if of_model else _CONTROL.search(value)
+  if found is not None:
     raise errors.bad(
         f'{param} has the control character {found.group()!a} at'
         f' {found.start()}; leave it out.',
@@ -164,14 +170,15 @@ def _parts(content: Any, where: str) -> list[tuple[str, Any]]:
   return parts
 
 
-def _only_text(content: Any, where: str) -> str:
+def _only_text(content: Any, role: str, where: str) -> str:
   parts = _parts(content, where)
   if any(kind != 'text' for kind, _ in parts):
     raise errors.bad(
         f'{where} holds an image: expected images in messages from user.',
         f'{where}.content',
     )
-  return '\n'.join(text(value, f'{where}.content') for _, value in parts)
+  param, of_model = f'{where}.content', role == 'assistant'
+  return '\n'.join(text(v, param, of_model=of_model) for _, v in parts)
 
 
 def _question(content: Any, where: str, images: list[Picture]) -> str:

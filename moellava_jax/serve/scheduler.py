@@ -38,6 +38,9 @@ class Piece(NamedTuple):
     return self.finish_reason is not None or self.error is not None
 
 
+CANCELLED = Piece('', 0, 'cancelled', None)
+
+
 class Job:
   """A request on its way; only the scheduler looks inside."""
 
@@ -274,7 +277,8 @@ class Scheduler:
     if job.stream.finish_reason is not None:
       self._end(job, job.stream.finish_reason, text=text)
       return False
-    if text:
+    # The first also without a text: it says that the answer has begun.
+    if text or job.stream.new_tokens == 1:
       self._deliver(job, Piece(text, job.stream.new_tokens, None, None))
     return True
 
