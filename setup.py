@@ -46,7 +46,13 @@ EXTRAS = {
     'cuda12': ['jax[cuda12]>=0.10.2,<0.13'],
     'cuda13': ['jax[cuda13]>=0.10.2,<0.13'],
     'tpu': ['jax[tpu]>=0.10.2,<0.13'],
-    'serve': ['gradio>=6.31,<7', 'fastapi', 'uvicorn'],
+    # Gradio for the page; the others for the API.
+    'serve': [
+        'gradio>=6.31,<7',
+        'starlette>=1.10,<2',
+        'uvicorn>=0.54,<1',
+        'prometheus_client',
+    ],
     'tensorboard': ['tensorboardX>=2.6.5'],
     'wandb': ['wandb'],
     # For tokenizer files that `tokenizers` cannot read: Qwen 1, LLaMA, Yi.

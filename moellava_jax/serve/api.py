@@ -180,9 +180,7 @@ def _pads(chat: chat_lib.Chat) -> bool:
   return 'pad' in found
 
 
-def warm_up(
-    engine: engine_lib.Engine, images: int
-) -> list[Callable[[], None]]:
+def warm_up(engine: engine_lib.Engine, images: int) -> list[Callable[[], None]]:
   """Compiles one length each, so that closing need not wait for all."""
   lengths = {generate.bucket(n) for n in range(1, engine.context)}
   counts = sorted({generate.image_slots(n) for n in range(images + 1)})
@@ -217,7 +215,9 @@ class Service:
         engine,
         chat.tokenizer,
         queue=options.queue,
-        warm_up=warm_up(engine, min(options.warm_up_images, options.max_images)),
+        warm_up=warm_up(
+            engine, min(options.warm_up_images, options.max_images)
+        ),
         observer=counts,
     )
     self.api = app_lib.Api(

@@ -110,9 +110,7 @@ class Api:
     self._door.check_host(request)
     self._door.check_key(request)
 
-  async def _completions(
-      self, request: requests.Request
-  ) -> responses.Response:
+  async def _completions(self, request: requests.Request) -> responses.Response:
     try:
       self._check(request)
       if not self._scheduler.ready:
@@ -277,9 +275,7 @@ async def _whole(
     text.append(piece.text)
     if piece.finish_reason is not None:
       break
-  body = about.completion(
-      ''.join(text), piece.finish_reason, piece.new_tokens
-  )
+  body = about.completion(''.join(text), piece.finish_reason, piece.new_tokens)
   response = responses.JSONResponse(body)
   await send(_start(200, response.raw_headers))
   await send({'type': 'http.response.body', 'body': bytes(response.body)})
@@ -300,9 +296,7 @@ async def _stream(
   await send(_start(200, objects.STREAM_HEADERS))
 
   async def write(data: bytes, more: bool = True) -> None:
-    await send(
-        {'type': 'http.response.body', 'body': data, 'more_body': more}
-    )
+    await send({'type': 'http.response.body', 'body': data, 'more_body': more})
 
   opening = {'role': 'assistant', 'content': ''}
   await write(about.chunk(opening, with_usage=with_usage))

@@ -124,9 +124,7 @@ def _lines(prompt: str) -> Iterator[str]:
       return
 
 
-def talk(
-    conversation: Conversation, lines: Iterator[str], out: TextIO
-) -> None:
+def talk(conversation: Conversation, lines: Iterator[str], out: TextIO) -> None:
   """Answers lines until they end or one says /quit."""
   for line in lines:
     try:

@@ -145,9 +145,7 @@ def _decode(data: bytes, param: str, limits: Limits) -> Image.Image:
     ) from None
 
 
-def _too_large(
-    width: int, height: int, param: str, limits: Limits
-) -> ApiError:
+def _too_large(width: int, height: int, param: str, limits: Limits) -> ApiError:
   square = ' in the square around it' if limits.square else ''
   return errors.bad(
       f'{param} has {width} x {height} pixels: expected at most'

@@ -107,6 +107,7 @@ class Scheduler:
     # Under the lock:
     self._waiting: collections.deque[Job] = collections.deque()
     self._warm = self._closing = False
+    self._entering = 0  # Jobs between the queue and their slot.
     # Of the engine's thread; others only look at its length.
     self._running: dict[int, Job] = {}
     self._thread = threading.Thread(
@@ -158,7 +159,7 @@ class Scheduler:
       if not self.ready:
         raise ClosedError
       # Those that will be let in at the next step do not wait for others.
-      free = self._engine.slots - len(self._running)
+      free = self._engine.slots - len(self._running) - self._entering
       if len(self._waiting) >= self._queue + free:
         raise FullError
       self._waiting.append(job)
@@ -247,15 +248,23 @@ class Scheduler:
       if not self._waiting:
         return False
       job = self._waiting.popleft()
+      self._entering = 1
+    try:
+      self._enter(job)
+    finally:
+      self._entering = 0
+    return True
+
+  def _enter(self, job: Job) -> None:
     if job.cancelled:
       self._end(job, 'cancelled')
-      return True
+      return
     try:
       prefix = self._engine.prefill(job.prompt, job.options)
     except Exception as error:  # The slots are as they were.
       logging.exception('A prompt could not be read.')
       self._end(job, 'error', error)
-      return True
+      return
     self._observer.began(
         time.monotonic() - job.submitted, len(job.prompt.tokens_L)
     )
@@ -268,7 +277,6 @@ class Scheduler:
       slot = min(set(range(self._engine.slots)) - self._running.keys())
       self._engine.insert(prefix, slot)
       self._running[slot] = job
-    return True
 
   def _push(self, job: Job, token: int) -> bool:
     """Hands a token on; False if the answer ends with it."""
@@ -290,9 +298,7 @@ class Scheduler:
       text: str = '',
   ) -> None:
     new_tokens = 0 if job.stream is None else job.stream.new_tokens
-    self._observer.ended(
-        reason, new_tokens, time.monotonic() - job.submitted
-    )
+    self._observer.ended(reason, new_tokens, time.monotonic() - job.submitted)
     finish = None if error is not None else reason
     self._deliver(job, Piece(text, new_tokens, finish, error))
 

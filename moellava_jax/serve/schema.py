@@ -237,7 +237,9 @@ def _include_usage(options: Any, stream: bool) -> bool:
   if options is None:
     return False
   if not stream:
-    raise errors.bad('stream_options is only for stream=true.', 'stream_options')
+    raise errors.bad(
+        'stream_options is only for stream=true.', 'stream_options'
+    )
   known = {'include_usage', 'include_obfuscation'}
   if not isinstance(options, dict) or not options.keys() <= known:
     raise errors.bad(

@@ -23,9 +23,7 @@ def model_dir(tmp_path_factory):
   path = tmp_path_factory.mktemp('model') / serving.NAME
   words = 'what is in the picture ? red green blue circle square left right'
   tokenizer = tokenizer_lib.train([f'USER: {words} ASSISTANT:'] * 4, 300)
-  model = tiny.model_config(
-      tiny.moe_config(), vocab_size=tokenizer.vocab_size
-  )
+  model = tiny.model_config(tiny.moe_config(), vocab_size=tokenizer.vocab_size)
   params = tiny.params_of(model)
   head = params['llm']['head']['kernel']
   params['llm']['head']['kernel'] = head.at[:, tokenizer.eos_id].set(0)

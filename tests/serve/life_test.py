@@ -44,11 +44,13 @@ def _send(server, **changes) -> socket.socket:
 def test_a_client_that_goes_away_frees_its_slot(gated, stream):
   server, engine = gated
   scheduler = server.service.scheduler
-  staying = [_send(server) for _ in range(3)]
-  leaving = _send(server, stream=stream)
-  serving.until(lambda: scheduler.running == 4)
-  queued = [_send(server, stream=stream), _send(server)]
-  serving.until(lambda: scheduler.waiting == 2)
+  sent = [_send(server, stream=stream) for _ in range(4)]
+  serving.until(lambda: scheduler.waiting == 3)
+  queued = [_send(server, stream=stream)]
+  serving.until(lambda: scheduler.waiting == 4)
+  queued.append(_send(server))
+  engine.let_in(scheduler, 6)
+  leaving, *staying = sent
   # One that waits frees its place at once, without a step.
   queued[0].close()
   serving.until(lambda: scheduler.waiting == 1)
@@ -58,8 +60,7 @@ def test_a_client_that_goes_away_frees_its_slot(gated, stream):
   # Its slot goes to the one that waits, long before its answer would have
   # ended: 15 tokens are 14 steps.
   engine.steps.release(2)
-  serving.until(lambda: scheduler.waiting == 0)
-  assert scheduler.running == 4
+  serving.until(lambda: not scheduler.waiting and scheduler.running == 4)
   engine.open()
   for sock in (*staying, queued[1]):
     assert b' 200 OK' in sock.recv(1000)
@@ -86,7 +87,7 @@ def test_overload_is_told_and_passes(gated):
   server, engine = gated
   scheduler = server.service.scheduler
   waiting = [_send(server) for _ in range(6)]
-  serving.until(lambda: scheduler.running == 4 and scheduler.waiting == 2)
+  engine.let_in(scheduler, 6)
   with pytest.raises(openai.RateLimitError) as caught:
     server.client().chat.completions.create(**serving.body())
   assert int(caught.value.response.headers['Retry-After']) >= 1
@@ -130,31 +131,30 @@ def test_until_all_is_compiled_a_server_is_not_ready(chat, monkeypatch):
     found = serving.complete(server.url, serving.body())
     assert found.status == 503 and found.headers['Retry-After']
     begin.set()
-    serving.until(
-        lambda: serving.call(server.url, '/health').status == 200
-    )
+    serving.until(lambda: serving.call(server.url, '/health').status == 200)
     assert serving.complete(server.url, serving.body()).status == 200
   assert service.close(60)
+
+
+def _stream(client):
+  given = serving.body(max_tokens=15, stream=True)
+  return client.chat.completions.create(**given)
 
 
 def test_closing_finishes_what_has_begun(gated):
   server, engine = gated
   client = server.client()
-  stream = client.chat.completions.create(
-      **serving.body(max_tokens=15), stream=True
-  )
-  pieces = [next(stream)]
-  with futures.ThreadPoolExecutor(1) as pool:
-    queued = pool.submit(
+  with futures.ThreadPoolExecutor(2) as pool:
+    stream = pool.submit(_stream, client)
+    whole = pool.submit(
         client.chat.completions.create, **serving.body(max_tokens=15)
     )
-    serving.until(lambda: server.service.scheduler.running == 2)
+    engine.let_in(server.service.scheduler, 2)
     server.server.should_exit = True
     engine.open()
-    pieces += stream
-    whole = queued.result()
+    pieces = list(stream.result())
   text = ''.join(p.choices[0].delta.content or '' for p in pieces)
-  assert text == whole.choices[0].message.content
+  assert text == whole.result().choices[0].message.content
   assert pieces[-1].choices[0].finish_reason == 'length'
 
 
@@ -167,26 +167,24 @@ def test_when_the_engine_fails_all_hear_of_it(gated, monkeypatch):
   def fail(*_):
     raise RuntimeError('out of memory')
 
+  monkeypatch.setattr(serving.Gated.__base__, 'step', fail)
   client = server.client()
-  stream = client.chat.completions.create(
-      **serving.body(max_tokens=15), stream=True
-  )
-  first = next(stream)
-  assert first.choices[0].delta.role == 'assistant'
-  with futures.ThreadPoolExecutor(5) as pool:
+  with futures.ThreadPoolExecutor(6) as pool:
+    stream = pool.submit(_stream, client)
+    serving.until(lambda: scheduler._entering)
     others = [
         pool.submit(serving.complete, server.url, serving.body(max_tokens=15))
         for _ in range(5)
     ]
-    serving.until(lambda: scheduler.running == 4 and scheduler.waiting == 2)
-    monkeypatch.setattr(serving.engine_lib.Engine, 'step', fail)
+    engine.let_in(scheduler, 6)
+    begun = stream.result()
     engine.steps.release()
     for other in others:
       found = other.result()
       assert found.status == 500
       assert 'out of memory' not in found.body['error']['message']
   with pytest.raises(openai.APIError, match='failed'):
-    list(stream)
+    list(begun)
   assert failed.wait(60)
   assert serving.call(server.url, '/health').body == {'status': 'failed'}
   assert serving.complete(server.url, serving.body()).status == 503

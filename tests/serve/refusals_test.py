@@ -190,9 +190,7 @@ def test_images_that_are_none_are_refused(server):
       # A strip of few pixels in a square of many.
       (serving.data_uri(Image.new('1', (5000, 10))), 'image_too_large'),
   ):
-    status, _, param, found = _refusal(
-        server.url, serving.body(_image(url))
-    )
+    status, _, param, found = _refusal(server.url, serving.body(_image(url)))
     assert (status, found) == (400, code), url[:60]
     assert param == 'messages.0.content.0'
 
@@ -210,9 +208,7 @@ def test_neither_addresses_nor_files_are_read(server, tmp_path):
       '/dev/zero',
       'javascript:alert(1)',
   ):
-    status, message, _, code = _refusal(
-        server.url, serving.body(_image(url))
-    )
+    status, message, _, code = _refusal(server.url, serving.body(_image(url)))
     assert (status, code) == (400, 'invalid_image_url'), url
     assert str(file) not in message
 
@@ -249,9 +245,7 @@ def test_paths_methods_and_types(server):
     found = serving.call(server.url, path, data)
     assert found.status == status and 'message' in found.body['error']
   # What a page of another origin may send without asking.
-  found = _refusal(
-      server.url, serving.body(), **{'Content-Type': 'text/plain'}
-  )
+  found = _refusal(server.url, serving.body(), **{'Content-Type': 'text/plain'})
   assert found[0] == 415
   assert _refusal(server.url, serving.body(), Host='evil.example')[0] == 403
   port = server.url.rpartition(':')[2]

@@ -93,27 +93,44 @@ def complete(url: str, body: Any, **headers: str) -> Response:
 
 def until(condition) -> None:
   """Waits for what other threads are about to do."""
-  deadline = time.monotonic() + 60
+  deadline = time.monotonic() + 20
   while not condition():
-    assert time.monotonic() < deadline, 'it did not happen in a minute'
+    assert time.monotonic() < deadline, 'it did not happen in 20 seconds'
     time.sleep(0.002)
 
 
 class Gated(engine_lib.Engine):
-  """An engine that takes a step when told to, once `gated` is set."""
+  """An engine that waits, once `gated` is set.
+
+  With its first prompt for `entrance`, so that all others are in the queue when
+  it goes on; and with every step for a permit of `steps`.
+  """
 
   def __init__(self, *args, **kwargs):
     super().__init__(*args, **kwargs)
     self.gated = False
+    self.entrance = threading.Event()
     self.steps = threading.Semaphore(0)
+
+  def prefill(self, prompt, options):
+    if self.gated:
+      assert self.entrance.wait(60)
+    return super().prefill(prompt, options)
 
   def step(self) -> np.ndarray:
     if self.gated:
-      self.steps.acquire()
+      assert self.steps.acquire(timeout=60)
     return super().step()
+
+  def let_in(self, scheduler, count: int) -> None:
+    """Waits for `count` requests and gives slots to as many as there are."""
+    until(lambda: scheduler.waiting == count - 1)
+    self.entrance.set()
+    until(lambda: scheduler.running == min(count, self.slots))
 
   def open(self) -> None:
     self.gated = False
+    self.entrance.set()
     self.steps.release(10_000)
 
 
@@ -163,9 +180,7 @@ def question(text: str, *urls: str) -> list[dict]:
   parts: list[dict] = [
       {'type': 'image_url', 'image_url': {'url': url}} for url in urls
   ]
-  return [
-      {'role': 'user', 'content': [*parts, {'type': 'text', 'text': text}]}
-  ]
+  return [{'role': 'user', 'content': [*parts, {'type': 'text', 'text': text}]}]
 
 
 def body(messages: Any = None, **changes: Any) -> dict[str, Any]:
