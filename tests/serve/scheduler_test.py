@@ -24,7 +24,7 @@ def gated(chat):
 def scheduler(gated, chat):
   found = scheduler_lib.Scheduler(gated, chat.tokenizer, queue=3, warm_up=())
   found.start()
-  serving.until(lambda: found.ready)
+  serving.until(lambda: found.ready, 300)
   gated.gated = True
   yield found
   gated.open()
@@ -119,7 +119,7 @@ def test_cancelling_twice_or_late_changes_nothing(scheduler, gated, chat):
 def test_closing_answers_what_waits_and_takes_no_more(gated, chat):
   found = scheduler_lib.Scheduler(gated, chat.tokenizer, queue=3, warm_up=())
   found.start()
-  serving.until(lambda: found.ready)
+  serving.until(lambda: found.ready, 300)
   gated.gated = True
   jobs = [queue.Queue() for _ in range(6)]
   for pieces in jobs:
@@ -168,7 +168,7 @@ def test_answers_of_one_token_do_not_starve_the_others(chat):
   engine = Endless(chat, None)
   found = scheduler_lib.Scheduler(engine, chat.tokenizer, queue=9, warm_up=())
   found.start()
-  serving.until(lambda: found.ready)
+  serving.until(lambda: found.ready, 300)
   over = []
 
   def again(piece):

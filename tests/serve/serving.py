@@ -91,11 +91,11 @@ def complete(url: str, body: Any, **headers: str) -> Response:
   return call(url, '/v1/chat/completions', data, headers)
 
 
-def until(condition) -> None:
+def until(condition, seconds: float = 30) -> None:
   """Waits for what other threads are about to do."""
-  deadline = time.monotonic() + 20
+  deadline = time.monotonic() + seconds
   while not condition():
-    assert time.monotonic() < deadline, 'it did not happen in 20 seconds'
+    assert time.monotonic() < deadline, f'it did not happen in {seconds} s'
     time.sleep(0.002)
 
 
@@ -155,7 +155,7 @@ def running(service: api.Service):
   service.scheduler.start()
   try:
     with listening(service) as found:
-      until(lambda: service.scheduler.ready)
+      until(lambda: service.scheduler.ready, 300)
       yield found
   finally:
     assert service.close(60)
