@@ -51,7 +51,13 @@ EXTRAS = {
     'cuda13': ['jax[cuda13]>=0.10.2,<0.13'],
     'tpu': ['jax[tpu]>=0.10.2,<0.13', *GCS],
     'gcs': GCS,
-    'serve': ['gradio>=6.31,<7', 'fastapi', 'uvicorn'],
+    # Gradio for the page; the others for the API.
+    'serve': [
+        'gradio>=6.31,<7',
+        'starlette>=1.10,<2',
+        'uvicorn>=0.54,<1',
+        'prometheus_client',
+    ],
     'tensorboard': ['tensorboardX>=2.6.5'],
     'wandb': ['wandb'],
     'jpeg': ['simplejpeg>=1.9,<2'],  # config.data.decode='fast'.

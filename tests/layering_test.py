@@ -39,7 +39,7 @@ LAYERS = {
     'infer': (*_FOUNDATION, 'data', 'model', 'interop'),
     'evals': ('config', 'trees', 'data', 'infer'),
     'analysis': (*_FOUNDATION, 'data', 'infer', 'evals'),
-    'serve': ('config', 'infer'),
+    'serve': ('config', 'data', 'infer'),
     'bench': (
         *_FOUNDATION,
         'data',

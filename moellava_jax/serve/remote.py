@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fetches images from the internet, and from nowhere else.
+
+A server that fetches what strangers name must not become their way into the
+network that it stands in. So a name is resolved once, every address it has
+must be public, and the connection goes to the address that was checked; a
+redirect goes through all of that again.
+"""
+
+from collections.abc import Callable
+import contextlib
+import http.client
+import ipaddress
+import socket
+import ssl
+import threading
+import time
+import urllib.parse
+
+from moellava_jax.serve import errors
+from moellava_jax.serve.errors import ApiError
+
+# (address, most bytes, field for messages) -> content.
+Fetch = Callable[[str, int, str], bytes]
+
+_REDIRECTS = 3
+_CHUNK = 1 << 16
+
+
+def is_public(address: str) -> bool:
+  """Whether an IP address belongs to the internet at large."""
+  found = ipaddress.ip_address(address)
+  if isinstance(found, ipaddress.IPv6Address):
+    for inner in (found.ipv4_mapped, found.sixtofour):
+      if inner is not None:
+        return inner.is_global and not inner.is_multicast
+    if found.teredo is not None:
+      return False
+    if found in ipaddress.ip_network('64:ff9b::/96'):  # NAT64 of an IPv4.
+      return False
+  return found.is_global and not found.is_multicast
+
+
+def fetcher(
+    seconds: float, allowed: Callable[[str], bool] = is_public
+) -> Fetch:
+  """Returns what fetches an address.
+
+  Args:
+    seconds: for all of it, redirects included.
+    allowed: says of an IP address whether to connect to it.
+  """
+
+  def fetch(url: str, limit: int, param: str) -> bytes:
+    deadline = time.monotonic() + seconds
+    try:
+      for _ in range(1 + _REDIRECTS):
+        data, url = _get(url, limit, deadline, allowed)
+        if data is not None:
+          return data
+      raise _Refused('too many redirects')
+    except _Refused as error:
+      raise _failed(str(error), param) from None
+    except (OSError, ValueError, http.client.HTTPException) as error:
+      # Nothing of what a stranger's server said is passed on.
+      raise _failed(type(error).__name__, param) from None
+
+  return fetch
+
+
+class _Refused(Exception):
+  pass
+
+
+def _failed(why: str, param: str) -> ApiError:
+  return errors.bad(
+      f'{param}.image_url could not be fetched: {why}.',
+      param,
+      'invalid_image_url',
+  )
+
+
+def _get(
+    url: str,
+    limit: int,
+    deadline: float,
+    allowed: Callable[[str], bool],
+) -> tuple[bytes | None, str]:
+  """(content, url), or (None, where it redirects to)."""
+  parts = urllib.parse.urlsplit(url)
+  if parts.scheme not in ('http', 'https') or not parts.hostname:
+    raise _Refused('expected an http(s) address')
+  if parts.username is not None or parts.password is not None:
+    raise _Refused('an address with a password')
+  if not url.isascii() or any(c <= ' ' for c in url):
+    raise _Refused('the address is not encoded')
+  connection = _connect(parts, deadline, allowed)
+  # A timeout of the socket starts again with every byte that drips in.
+  end = threading.Timer(_left(deadline), _hang_up, [connection.sock])
+  end.daemon = True
+  end.start()
+  try:
+    path = urllib.parse.urlunsplit(('', '', parts.path or '/', parts.query, ''))
+    connection.request('GET', path, headers={'Accept': 'image/*'})
+    response = connection.getresponse()
+    if response.status in (301, 302, 303, 307, 308):
+      location = response.headers.get('Location', '')
+      return None, urllib.parse.urljoin(url, location)
+    if response.status != 200:
+      raise _Refused(f'status {response.status}')
+    data = _read(response, limit)
+    _left(deadline)  # What was cut short is no image.
+    return data, url
+  finally:
+    end.cancel()
+    connection.close()
+
+
+def _hang_up(sock: socket.socket) -> None:
+  with contextlib.suppress(OSError):
+    sock.shutdown(socket.SHUT_RDWR)
+
+
+def _connect(
+    parts: urllib.parse.SplitResult,
+    deadline: float,
+    allowed: Callable[[str], bool],
+) -> http.client.HTTPConnection:
+  host = parts.hostname or ''
+  secure = parts.scheme == 'https'
+  port = parts.port or (443 if secure else 80)
+  found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+  addresses = [str(info[4][0]) for info in found]
+  if not addresses or not all(allowed(address) for address in addresses):
+    raise _Refused('the host is not on the public internet')
+  sock = socket.create_connection((addresses[0], port), _left(deadline))
+  try:
+    if secure:
+      context = ssl.create_default_context()
+      sock = context.wrap_socket(sock, server_hostname=host)
+  except BaseException:
+    sock.close()
+    raise
+  connection = http.client.HTTPConnection(host, port)
+  connection.sock = sock  # It would resolve the name again.
+  return connection
+
+
+def _read(response: http.client.HTTPResponse, limit: int) -> bytes:
+  chunks, size = [], 0
+  while chunk := response.read1(_CHUNK):
+    size += len(chunk)
+    if size > limit:
+      raise _Refused(f'more than {limit} bytes')
+    chunks.append(chunk)
+  return b''.join(chunks)
+
+
+def _left(deadline: float) -> float:
+  left = deadline - time.monotonic()
+  if left <= 0:
+    raise TimeoutError
+  return left

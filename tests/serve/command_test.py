@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command: a key, a port, and an orderly end."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+
+import openai
+import pytest
+
+from tests.serve import serving
+
+
+@contextlib.contextmanager
+def _started(*flags, **env):
+  process = subprocess.Popen(
+      [sys.executable, '-m', 'moellava_jax.serve.api', *flags],
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+      env={**os.environ, 'XLA_FLAGS': '', **env},
+  )
+  try:
+    yield process
+  finally:
+    process.kill()
+    process.communicate()
+
+
+def _healthy(url: str) -> bool:
+  try:
+    return serving.call(url, '/health').status == 200
+  except OSError:  # The address is said before anybody listens.
+    return False
+
+
+def test_sigterm_lets_answers_end_and_exits_with_0(model_dir, chat):
+  flags = (f'--model={model_dir}', '--port=0', '--context=40', '--slots=4')
+  with _started(*flags, '--api_key_env=KEY', KEY='s3cret') as process:
+    line = process.stdout.readline()
+    url = line.split()[1].removesuffix('/v1,')
+    serving.until(lambda: _healthy(url), 180)
+    wrong = openai.OpenAI(base_url=f'{url}/v1', api_key='no', max_retries=0)
+    with pytest.raises(openai.AuthenticationError):
+      wrong.models.list()
+    client = openai.OpenAI(base_url=f'{url}/v1', api_key='s3cret')
+    body = serving.body(max_tokens=20, stream=True)
+    stream = client.chat.completions.create(**body)
+    text = next(stream).choices[0].delta.content
+    process.send_signal(signal.SIGTERM)
+    text += ''.join(c.choices[0].delta.content or '' for c in stream)
+    _, complaints = process.communicate(timeout=60)
+  assert process.returncode == 0, complaints
+  assert text == chat.chat(
+      serving.picture(0), 'what is it ?', max_new_tokens=20
+  )
+
+
+def test_mistakes_are_one_line(tmp_path):
+  with _started(f'--model={tmp_path}/none', '--port=0') as process:
+    _, complaints = process.communicate(timeout=120)
+  assert process.returncode == 1
+  assert complaints.startswith('error: ') and complaints.count('\n') == 1

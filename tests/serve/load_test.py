@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Many clients at a time, and how long the first token takes."""
+
+from concurrent import futures
+import statistics
+import threading
+import time
+
+import numpy as np
+from PIL import Image
+import psutil
+import pytest
+
+from moellava_jax.infer import chat as chat_lib
+from moellava_jax.infer import engine as engine_lib
+from moellava_jax.infer import sampling
+from moellava_jax.serve import media
+from tests.serve import serving
+
+TEXT = 'left ?'
+
+
+def _large(seed: int) -> Image.Image:
+  """A picture whose PNG has about 2 MB."""
+  rng = np.random.default_rng(seed)
+  blocks = np.asarray(serving.picture(seed, 1000), np.int16)
+  noise = rng.integers(-12, 13, blocks.shape)
+  return Image.fromarray(np.clip(blocks + noise, 0, 255).astype(np.uint8))
+
+
+class _Peak:
+  """The most memory that this process takes, in bytes."""
+
+  def __enter__(self):
+    self._process, self._over = psutil.Process(), threading.Event()
+    self.before = self.most = self._process.memory_info().rss
+    self._thread = threading.Thread(target=self._watch)
+    self._thread.start()
+    return self
+
+  def _watch(self):
+    while not self._over.wait(0.02):
+      self.most = max(self.most, self._process.memory_info().rss)
+
+  def __exit__(self, *_):
+    self._over.set()
+    self._thread.join()
+
+
+def _load(server, alone, clients: int, requests: int, capsys) -> None:
+  pictures = [_large(seed) for seed in range(clients)]
+  turns = (('human', f'<image>\n{TEXT}'),)
+  expected = [
+      alone(chat_lib.Request(turns, (image,)), 12) for image in pictures
+  ]
+  assert len(set(expected)) > clients // 3
+  urls = [serving.data_uri(image) for image in pictures]
+  assert 1.8e6 < len(urls[0]) * 3 / 4 < 4e6
+  together = threading.Barrier(clients)
+
+  def ask(n):
+    client = server.client()
+    client = client.with_options(timeout=600)
+    together.wait()
+    return [
+        client.chat.completions.create(
+            **serving.body(serving.question(TEXT, urls[n]), max_tokens=12)
+        )
+        .choices[0]
+        .message.content
+        for _ in range(requests)
+    ]
+
+  begin = time.monotonic()
+  with _Peak() as peak, futures.ThreadPoolExecutor(clients) as pool:
+    answers = list(pool.map(ask, range(clients)))
+  seconds = time.monotonic() - begin
+  assert answers == [[one] * requests for one in expected]
+  grown = (peak.most - peak.before) / 1e6
+  with capsys.disabled():
+    print(
+        f'\n{clients} clients x {requests} requests: {seconds:.1f} s,'
+        f' {clients * requests / seconds:.1f} requests/s, memory of client'
+        f' and server grew by {grown:.0f} MB at most'
+    )
+  # Twice the bodies in JSON by the clients, which are in this process too.
+  assert grown < 300 + clients * 20
+  gate = server.service.api._gate
+  serving.until(lambda: gate.inside == 0)
+  assert gate._bytes == 0
+  assert server.service.scheduler.running == 0
+
+
+def test_all_clients_get_their_own_answers(server, alone, capsys):
+  _load(server, alone, 8, 2, capsys)
+
+
+@pytest.mark.slow
+@pytest.mark.large
+def test_64_clients_with_10_requests_each(server, alone, capsys):
+  _load(server, alone, 64, 10, capsys)
+
+
+@pytest.mark.slow
+@pytest.mark.large
+def test_the_first_token_comes_soon(server, chat, capsys):
+  """At most 1.5 x (decode, tokenise, prefill) + 30 ms, medians."""
+  options = serving.OPTIONS
+  limits = media.Limits(20_000_000, 20 << 20, True, None, None)
+  engine = engine_lib.Engine(chat, slots=options.slots, context=options.context)
+  client = server.client()
+  inside, outside = [], []
+  for seed in range(20):
+    messages = serving.question(TEXT, serving.data_uri(_large(seed)))
+    url = messages[0]['content'][0]['image_url']['url']
+    begin = time.perf_counter()
+    image = media.read(url, 'p', limits)
+    request = chat_lib.Request((('human', f'<image>\n{TEXT}'),), (image,))
+    engine.prefill(chat.encode(request), sampling.Options())
+    inside.append(time.perf_counter() - begin)
+    given = serving.body(messages, stream=True)
+    begin = time.perf_counter()
+    with client.chat.completions.create(**given) as stream:
+      for chunk in stream:
+        if chunk.choices[0].delta.content:
+          break
+      outside.append(time.perf_counter() - begin)
+      for _ in stream:
+        pass
+  here, there = (statistics.median(times) * 1e3 for times in (inside, outside))
+  with capsys.disabled():
+    print(
+        f'\nfirst token: {here:.1f} ms in process, {there:.1f} ms through the'
+        f' API, allowed {1.5 * here + 30:.1f} ms'
+    )
+  assert there <= 1.5 * here + 30
