@@ -170,6 +170,8 @@ def test_the_door_splits_a_model_over_a_mesh(checkpoint_dir, chat):
         (None, 'Hi', {'temperature': float('nan')}, 'temperature=nan'),
         (None, 'Hi', {'top_p': 0.0}, 'top_p=0.0'),
         (None, 'Hi', {'top_k': -1}, 'top_k=-1'),
+        # Now, and not when the first piece is asked for.
+        (None, 'Hi', {'top_k': -1, 'stream': True}, 'top_k=-1'),
     ],
 )
 def test_what_cannot_be_is_named(chat, image, text, options, message):

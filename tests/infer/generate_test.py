@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +58,12 @@ def _generate(
 def test_a_ragged_batch_equals_one_by_one():
   cfg = tiny.model_config(moe=tiny.moe_config())
   params, prompts = tiny.params_of(cfg), _prompts(cfg)
-  for options in ({}, {'temperature': 0.8}, {'temperature': 2.0, 'top_k': 9}):
+  asked: list[dict[str, Any]] = [
+      {},
+      {'temperature': 0.8},
+      {'temperature': 2.0, 'top_k': 9},
+  ]
+  for options in asked:
     together = _generate(cfg, params, prompts, 8, **options)
     assert len({tuple(answer) for answer in together}) > 1
     for n, prompt in enumerate(prompts):
@@ -140,13 +146,13 @@ def test_image_slots_are_padded_too():
   assert padded.lengths_B.tolist() == [17, 17, 1, 1]
 
 
-def _drawn(logits_V, count=400, **options):
+def _drawn(logits_V, count=400, chosen=0, **options):
   given = sampling.rows(
       [sampling.Options(seed=n, **options) for n in range(count)], count
   )
   logits_BV = jnp.tile(jnp.asarray(logits_V), (count, 1))
   draw = jax.jit(sampling.choose)
-  return np.asarray(draw(given, logits_BV, jnp.zeros(count, jnp.int32)))
+  return np.asarray(draw(given, logits_BV, jnp.full(count, chosen)))
 
 
 LOGITS_V = np.log([0.5, 0.3, 0.15, 0.05], dtype=np.float32)
@@ -167,3 +173,11 @@ def test_top_k_keeps_the_largest_and_counts_before_the_nucleus():
   # Of the two largest the first has 0.625; of all it has half.
   assert set(_drawn(LOGITS_V, temperature=1.0, top_k=2, top_p=0.6)) == {0}
   assert set(_drawn(LOGITS_V, temperature=1.0, top_p=0.6)) == {0, 1}
+
+
+def test_every_token_has_noise_of_its_own():
+  first, second, again = (
+      _drawn(LOGITS_V, temperature=1.0, chosen=n) for n in (0, 1, 0)
+  )
+  np.testing.assert_array_equal(first, again)
+  assert np.mean(first == second) < 0.6  # 0.365 by chance.
