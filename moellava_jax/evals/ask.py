@@ -9,7 +9,7 @@ import os
 import pathlib
 from typing import Any, NamedTuple
 
-from moellava_jax.evals import base, controls, progress
+from moellava_jax.evals import base, controls, parts, progress, traces
 
 
 class Settings(NamedTuple):
@@ -18,6 +18,7 @@ class Settings(NamedTuple):
   max_new_tokens: int
   temperature: float  # 0: greedy, as in every published number.
   batch_size: int
+  routing_trace: bool  # Whether to record where tokens go, see `traces`.
 
 
 def check_images(
@@ -47,6 +48,32 @@ def run(
     settings: Settings,
     *,
     model_id: str,
+    shard: parts.Shard | None = None,
+) -> list[base.Answer] | None:
+  """Answers the questions that are not answered yet; see `ask` and `collect`."""
+  rows = ask(
+      chat,
+      questions,
+      images_root,
+      answers_path,
+      control,
+      settings,
+      model_id=model_id,
+      shard=shard,
+  )
+  return collect(rows, answers_path, shard)
+
+
+def ask(
+    chat: Any,
+    questions: Sequence[base.Question],
+    images_root: str | None,
+    answers_path: str | os.PathLike[str],
+    control: str,
+    settings: Settings,
+    *,
+    model_id: str,
+    shard: parts.Shard | None = None,
 ) -> list[base.Answer]:
   """Answers the questions that `answers_path` does not answer yet.
 
@@ -61,9 +88,10 @@ def run(
     control: what the model is shown, one of `controls.CONTROLS`.
     settings: how to generate.
     model_id: the model's name in the answers.
+    shard: answer a share of the questions, into a file beside `answers_path`.
 
   Returns:
-    All answers in the file.
+    The answers that are to be in the file, in order, without their texts.
 
   Raises:
     EvalError: an image is missing, or the file holds answers of another model,
@@ -75,27 +103,87 @@ def run(
       _unanswered(question, images, chat.digest, control, settings, model_id)
       for question, images in zip(questions, shown, strict=True)
   ]
-  path = pathlib.Path(answers_path)
-  done = _resume(path, rows)
-  pending = [i for i, row in enumerate(rows) if _key(row) not in done]
+  whole = pathlib.Path(answers_path)
+  path = parts.own(whole, shard)
+  done = set(_answered(whole, rows))
   path.parent.mkdir(parents=True, exist_ok=True)
+  _mend(path)
+  mine = range(len(rows))
+  if shard is not None:
+    mine = shard.mine(len(rows), settings.batch_size)
+  pending = [i for i in mine if _key(rows[i]) not in done]
+  traces_at = None
+  if settings.routing_trace:
+    traces_at = traces.folder(whole)
+    _check_traced(traces_at, rows, done)
   with (
-      progress.bar(path.name, len(rows), len(done)) as advance,
+      progress.bar(path.name, len(mine), len(mine) - len(pending)) as advance,
       path.open('a', encoding='utf-8') as file,
   ):
     for start in range(0, len(pending), settings.batch_size):
       batch = pending[start : start + settings.batch_size]
       images = [_load(shown[i], images_root, control) for i in batch]
-      prompts = [rows[i].prompt for i in batch]
-      # Sampled batches must not repeat each other's noise.
-      texts = _generate(chat, prompts, images, settings, seed=batch[0])
-      for i, text in zip(batch, texts, strict=True):
-        row = rows[i]._replace(text=text.strip())
+      asked = [rows[i] for i in batch]
+      found = _generate(chat, asked, images, settings, batch)
+      if traces_at is not None:
+        # First, so that no answer is without.
+        routings = [answer.routing for answer in found]
+        experts = chat.model.cfg.moe.num_experts
+        traces.write(traces_at, batch, asked, routings, experts)
+      for row, answer in zip(asked, found, strict=True):
+        row = row._replace(text=answer.text.strip())
         file.write(json.dumps(row._asdict(), ensure_ascii=False) + '\n')
       file.flush()
       os.fsync(file.fileno())
       advance(len(batch))
+  return rows
+
+
+def collect(
+    rows: Sequence[base.Answer],
+    answers_path: str | os.PathLike[str],
+    shard: parts.Shard | None,
+) -> list[base.Answer] | None:
+  """All answers, brought together in `answers_path` in the order of `rows`.
+
+  Args:
+    rows: what `ask` has returned.
+    answers_path: the .jsonl of all answers.
+    shard: which process this is.
+
+  Returns:
+    None if other processes have not answered all of theirs yet.
+  """
+  path = pathlib.Path(answers_path)
+  if shard is None and len(parts.files(path)) == 1:
+    return base.read_answers(path)
+  found = _answered(path, rows)
+  if any(_key(row) not in found for row in rows):
+    return None
+  writer = 'all' if shard is None else f'{shard.index}-of-{shard.count}'
+  parts.write(path, [found[_key(row)] for row in rows], writer)
   return base.read_answers(path)
+
+
+def _check_traced(
+    where: pathlib.Path,
+    rows: Sequence[base.Answer],
+    done: set[tuple[int | str, str]],
+) -> None:
+  """Raises EvalError if an answer is there, but not its expert choices."""
+  about = rows[0].metadata
+  traced = traces.questions(where, about['digest'], about['control'])
+  lacking = [
+      row.question_id
+      for i, row in enumerate(rows)
+      if _key(row) in done and i not in traced
+  ]
+  if lacking:
+    raise base.EvalError(
+        f'{where}: the expert choices of answered questions are missing:'
+        f' {base.listed(lacking)}. They were answered without --routing_trace;'
+        ' remove the answers or write to another directory.'
+    )
 
 
 def _shown(
@@ -128,28 +216,33 @@ def _marked(prompt: str, count: int) -> str:
 
 def _generate(
     chat: Any,
-    prompts: Sequence[str],
+    rows: Sequence[base.Answer],
     images: Sequence[tuple[Any, ...]],
     settings: Settings,
-    *,
-    seed: int,
-) -> list[str]:
+    seeds: Sequence[int],
+) -> list[Any]:
+  """`infer.chat.Answer` of each question."""
   # Imported here because scoring alone needs neither a model nor JAX.
   from moellava_jax.infer import chat as chat_lib
+  from moellava_jax.infer import sampling
 
   requests = [
       chat_lib.Request(
-          turns=(('human', _marked(prompt, len(shown))),),
+          turns=(('human', _marked(row.prompt, len(shown))),),
           images=shown,
       )
-      for prompt, shown in zip(prompts, images, strict=True)
+      for row, shown in zip(rows, images, strict=True)
   ]
-  return chat.generate(
+  return chat.answer(
       requests,
+      # Of its own for each, so that a sampled answer is the same in any batch.
+      [
+          sampling.Options(temperature=settings.temperature, seed=seed)
+          for seed in seeds
+      ],
       max_new_tokens=settings.max_new_tokens,
-      temperature=settings.temperature,
-      seed=seed,
       batch_size=settings.batch_size,
+      trace=settings.routing_trace,
   )
 
 
@@ -190,30 +283,41 @@ def _key(row: base.Answer) -> tuple[int | str, str]:
   return row.question_id, row.prompt
 
 
-def _resume(
+def _answered(
     path: pathlib.Path, rows: Sequence[base.Answer]
-) -> set[tuple[int | str, str]]:
-  """Questions answered in `path`; drops its last line if a kill tore it.
+) -> dict[tuple[int | str, str], bytes]:
+  """The line of each question that is answered, in `path` or its parts.
 
   Raises:
-    EvalError: the file is not the beginning of this very run.
+    EvalError: a file is not of this very run.
   """
-  data = path.read_bytes() if path.exists() else b''
-  whole = data[: data.rfind(b'\n') + 1]
   expected = {_key(row): row for row in rows}
-  done = set()
-  for number, answer in enumerate(base.parse_answers(whole, path), 1):
-    where = f'{path}, line {number}'
-    _check_same(answer, expected.get(_key(answer)), where)
-    if _key(answer) in done:
-      raise base.EvalError(
-          f'{where}: question {answer.question_id!r} is answered twice; remove'
-          ' one of the lines.'
-      )
-    done.add(_key(answer))
-  if whole != data:  # Only now is the file known to be ours to change.
-    os.truncate(path, len(whole))
-  return done
+  found: dict[tuple[int | str, str], bytes] = {}
+  for file in parts.files(path):
+    here = set()
+    for where, line, answer in parts.lines(file):
+      key = _key(answer)
+      _check_same(answer, expected.get(key), where)
+      if key in here:
+        raise base.EvalError(
+            f'{where}: question {answer.question_id!r} is answered twice;'
+            ' remove one of the lines.'
+        )
+      here.add(key)
+      if found.setdefault(key, line) != line:
+        raise base.EvalError(
+            f'{where}: question {answer.question_id!r} is answered otherwise in'
+            f' another of {path} and its parts. Remove one of the lines.'
+        )
+  return found
+
+
+def _mend(path: pathlib.Path) -> None:
+  """Drops the last line if a kill tore it; the file is known to be ours."""
+  data = path.read_bytes() if path.exists() else b''
+  whole = data.rfind(b'\n') + 1
+  if whole != len(data):
+    os.truncate(path, whole)
 
 
 def _check_same(

@@ -5,6 +5,9 @@
     --questions=F --images=DIR --out=DIR
   python -m moellava_jax.evals.main --benchmark=pope --questions=F --answers=F
   python -m moellava_jax.evals.main --benchmark=paper --scores=DIR --out=DIR
+  for I in 0 1 2 3; do
+    python -m moellava_jax.evals.main --shard=$I/4 --model=DIR ... &
+  done
 
 The first form writes OUT/<model>[.<control>][.<protocol>].<question file>.jsonl,
 continues it where an earlier run was stopped, and adds the scores to
@@ -68,6 +71,17 @@ def define_flags() -> None:
       'max_new_tokens', None, 'Unset: the benchmark decides.', lower_bound=1
   )
   flags.DEFINE_float('temperature', 0.0, '0: greedy.', lower_bound=0.0)
+  flags.DEFINE_string(
+      'shard',
+      None,
+      'I/N: answer the part of process I of N, from 0. All of them get the same'
+      ' other flags; the last to finish merges the parts and scores.',
+  )
+  flags.DEFINE_bool(
+      'routing_trace',
+      False,
+      'Record the experts of every token, in OUT/<answers file>.routing/.',
+  )
   _define_judge_flags()
   flags.DEFINE_multi_string(
       'scores', [], 'paper: scores.json files or their directories.'

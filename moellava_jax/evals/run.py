@@ -15,6 +15,7 @@ from moellava_jax.evals import (
     benchmarks,
     controls,
     judge,
+    parts,
     scores,
     tsv,
 )
@@ -45,6 +46,8 @@ class Options:
   max_new_tokens: int | None  # None: the benchmark's.
   temperature: float
   cpu_devices: int
+  shard: str | None
+  routing_trace: bool
 
 
 def evaluate(options: Options) -> None:
@@ -74,12 +77,25 @@ def evaluate(options: Options) -> None:
       options.protocol,
   )
   if options.answers:
+    _check_scores_only(options)
     _score_answers(options, questions)
     return
   options = _with_images(options)
   names = _check_generation(options, questions)
   for name, path in names.items():
     _evaluate_model(name, path, options, questions)
+
+
+def _check_scores_only(options: Options) -> None:
+  """Raises EvalError for flags that mean something only with a model."""
+  given = {
+      '--shard': options.shard is not None,
+      '--routing_trace': options.routing_trace,
+  }
+  if wrong := [flag for flag, is_set in given.items() if is_set]:
+    raise base.EvalError(
+        f'{", ".join(wrong)}: goes with --model; --answers are only scored.'
+    )
 
 
 def _judge(options: Options) -> judge.Judge | None:
@@ -117,6 +133,7 @@ def _check_generation(
   """Returns {model name: its path}; raises EvalError before hours are lost."""
   if options.out is None:
     raise base.EvalError('Give --out=DIR for the answers and scores.json.')
+  parts.parse(options.shard)
   for control in options.control:
     controls.check(control)
   if options.batch_size < 1:
@@ -161,22 +178,40 @@ def _evaluate_model(
       max_new_tokens=options.max_new_tokens or most,
       temperature=options.temperature,
       batch_size=options.batch_size,
+      routing_trace=options.routing_trace,
   )
+  shard = parts.parse(options.shard)
+  if options.routing_trace and chat.model.cfg.moe is None:
+    raise base.EvalError(
+        f'--routing_trace: {path} is a dense model, which routes nothing. Give'
+        ' a checkpoint of stage moe.'
+    )
   for control in options.control:
-    parts = [name, control, options.protocol]
-    prefix = '.'.join(p for p in parts if p not in ('none', 'llava'))
-    answers = {
-        key: ask.run(
+    words = [name, control, options.protocol]
+    prefix = '.'.join(w for w in words if w not in ('none', 'llava'))
+    paths = {key: out / f'{prefix}.{key}.jsonl' for key in questions}
+    rows = {
+        key: ask.ask(
             chat,
             group,
             options.images,
-            out / f'{prefix}.{key}.jsonl',
+            paths[key],
             control,
             settings,
             model_id=name,
+            shard=shard,
         )
         for key, group in questions.items()
     }
+    # Only now: while this process answers the last file, the others finish.
+    found = {key: ask.collect(rows[key], paths[key], shard) for key in rows}
+    answers = {key: group for key, group in found.items() if group is not None}
+    if len(answers) < len(found):
+      print(
+          f'{name}, control {control}: shard {options.shard} is answered. The'
+          ' last process to finish merges and scores.'
+      )
+      continue
     source = {
         'model': path,
         'digest': chat.digest,

@@ -88,16 +88,13 @@ class Writer(NamedTuple):
       if done_B.all() or not more:
         break
       more = batch.advance(count, done_B)
-    answers = []
-    for row, (stream, text) in enumerate(zip(streams, texts, strict=True)):
-      assert stream.finish_reason is not None
-      routing = None
-      if trace:
-        routing = self._routing(batch, row, prompts[row], stream.new_tokens)
-      answers.append(
-          Answer(text, stream.finish_reason, stream.new_tokens, routing)
-      )
-    return answers
+    routings = [None] * len(prompts)
+    if trace:
+      routings = self._routings(batch, prompts, streams)
+    return [
+        Answer(text, stream.finish_reason or 'length', stream.new_tokens, where)
+        for text, stream, where in zip(texts, streams, routings, strict=True)
+    ]
 
   def pieces(
       self, prompt: generate.Prompt, options: sampling.Options
@@ -130,14 +127,24 @@ class Writer(NamedTuple):
         trace=trace,
     )
 
-  def _routing(self, batch, row, prompt, new_tokens) -> tracing.Routing:
-    new = min(new_tokens, batch.count - 1)
-    tokens_T = np.concatenate(
-        [prompt.tokens_L, batch.tokens()[row, :new].astype(np.int32)]
-    )
-    return tracing.routing(
-        self.model.cfg,
-        tokens_T,
-        len(prompt.tokens_L),
-        batch.routed(row, new),
-    )
+  def _routings(self, batch, prompts, streams) -> list[tracing.Routing]:
+    of_prompts, of_answers = batch.routed()
+    tokens_BN, found = batch.tokens(), []
+    for row, prompt in enumerate(prompts):
+      length = len(prompt.tokens_L)
+      new = min(streams[row].new_tokens, batch.count - 1)
+      found.append(
+          tracing.routing(
+              self.model.cfg,
+              np.concatenate([prompt.tokens_L, tokens_BN[row, :new]]),
+              length,
+              jax.tree.map(
+                  lambda a, b, row=row, length=length, new=new: np.concatenate(
+                      [a[:, row, :length], b[:, row, :new]], axis=1
+                  ),
+                  of_prompts,
+                  of_answers,
+              ),
+          )
+      )
+    return found

@@ -210,7 +210,6 @@ class Batch:
     self._model, self._params, self._mesh = model, params, mesh
     self._most = max_new_tokens
     padded = pad(prompts, rows)
-    self._lengths_B = padded.lengths_B
     unused_B = np.arange(rows) >= len(prompts)
     batch = (*padded, sampling.rows(options, rows), unused_B)
     self._where = decode.rows_sharding(mesh, rows)
@@ -256,15 +255,7 @@ class Batch:
     self.count = int(self._run.count)
     return self.count < self._most and not np.all(self._run.done_B)
 
-  def routed(self, row: int, new: int) -> decode.Routed:
-    """Where the tokens of a prompt and `new` of its answer went, B = 1."""
+  def routed(self) -> tuple[decode.Routed, decode.Routed]:
+    """Where tokens went, on the host: those of prompts and those of answers."""
     assert self._routed is not None and self._run.routed is not None
-    length = int(self._lengths_B[row])
-    return jax.tree.map(
-        lambda prompt, answer: np.concatenate(
-            [prompt[:, row : row + 1, :length], answer[:, row : row + 1, :new]],
-            axis=2,
-        ),
-        jax.device_get(self._routed),
-        jax.device_get(self._run.routed),
-    )
+    return jax.device_get((self._routed, self._run.routed))

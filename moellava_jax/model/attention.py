@@ -11,10 +11,14 @@ from moellava_jax.model import layers
 
 
 class KVCache(NamedTuple):
-  """Keys (rotated) and values of one layer; slot n holds position n."""
+  """Keys (rotated) and values of one layer; slot n holds position n.
 
-  k_BSKd: jax.Array
-  v_BSKd: jax.Array
+  Heads come before positions, as the products read them: the other way round,
+  every step would transpose the whole cache.
+  """
+
+  k_BKSd: jax.Array
+  v_BKSd: jax.Array
 
 
 def causal_mask(segment_ids_BT: jax.Array) -> jax.Array:
@@ -41,18 +45,22 @@ def attend(
     k_BSKd: jax.Array,
     v_BSKd: jax.Array,
     mask_BTS: jax.Array | None,
+    *,
+    keys: str = 'BSKd',
 ) -> jax.Array:
   """softmax(q k / sqrt(d)) v, `[B, T, H, d]`; the softmax is in fp32.
+
+  `keys` names the axes of keys and values: 'BKSd' for those of a cache.
 
   Query head n uses key head n // (H / K). A query without visible keys gets
   the mean of all values, not NaN. On the CPU this takes two thirds of the time
   of `jax.nn.dot_product_attention`, forward and backward.
   """
   b, t, h, d = q_BTHd.shape
-  kv_heads = k_BSKd.shape[2]
+  kv_heads = k_BSKd.shape[keys.index('K')]
   q_BTKGd = q_BTHd.reshape(b, t, kv_heads, h // kv_heads, d)
   logits_BKGTS = jnp.einsum(
-      'BTKGd,BSKd->BKGTS',
+      f'BTKGd,{keys}->BKGTS',
       q_BTKGd,
       k_BSKd,
       preferred_element_type=jnp.float32,
@@ -61,7 +69,7 @@ def attend(
     lowest = jnp.finfo(jnp.float32).min
     logits_BKGTS = jnp.where(mask_BTS[:, None, None], logits_BKGTS, lowest)
   probs_BKGTS = jax.nn.softmax(logits_BKGTS, axis=-1).astype(v_BSKd.dtype)
-  out_BTKGd = jnp.einsum('BKGTS,BSKd->BTKGd', probs_BKGTS, v_BSKd)
+  out_BTKGd = jnp.einsum(f'BKGTS,{keys}->BTKGd', probs_BKGTS, v_BSKd)
   return out_BTKGd.reshape(b, t, h, d)
 
 
@@ -103,17 +111,21 @@ class Attention(nn.Module):
     q_BTHd, k_BTKd, v_BTKd = (
         x.astype(self.dtype) for x in (q_BTHd, k_BTKd, v_BTKd)
     )
-    if cache is not None:
-      rows = jnp.arange(x_BTD.shape[0])[:, None]
+    if cache is None:
+      out_BTHd = attend(q_BTHd, k_BTKd, v_BTKd, mask_BTS)
+      return self._output(out_BTHd, x_BTD.shape[-1]), None
+    rows = jnp.arange(x_BTD.shape[0])[:, None]
 
-      def write(old, new):
-        return old.at[rows, positions_BT].set(
-            new.astype(old.dtype), unique_indices=True, indices_are_sorted=True
-        )
+    def write(old, new_BTKd):
+      return old.at[rows, :, positions_BT].set(
+          new_BTKd.astype(old.dtype),
+          unique_indices=True,
+          indices_are_sorted=True,
+      )
 
-      cache = KVCache(write(cache.k_BSKd, k_BTKd), write(cache.v_BSKd, v_BTKd))
-      k_BTKd, v_BTKd = (x.astype(self.dtype) for x in cache)
-    out_BTHd = attend(q_BTHd, k_BTKd, v_BTKd, mask_BTS)
+    cache = KVCache(write(cache.k_BKSd, k_BTKd), write(cache.v_BKSd, v_BTKd))
+    k_BKSd, v_BKSd = (x.astype(self.dtype) for x in cache)
+    out_BTHd = attend(q_BTHd, k_BKSd, v_BKSd, mask_BTS, keys='BKSd')
     return self._output(out_BTHd, x_BTD.shape[-1]), cache
 
   def _project(self, x_BTD, name, heads, axis):

@@ -96,7 +96,7 @@ class Llava(nn.Module):
     if cache is None:
       mask_BTS = attention.causal_mask(segment_ids_BT)
     else:
-      mask_BTS = attention.cache_mask(positions_BT, cache[0].k_BSKd.shape[1])
+      mask_BTS = attention.cache_mask(positions_BT, cache[0].k_BKSd.shape[2])
     out = self.llm(
         x_BTD,
         positions_BT,
@@ -150,7 +150,7 @@ def init_cache(
     cfg: config.DecoderConfig, batch: int, slots: int, dtype
 ) -> tuple[attention.KVCache, ...]:
   """An empty cache of `slots` positions for each layer."""
-  shape = (batch, slots, cfg.num_kv_heads, cfg.head_dim)
+  shape = (batch, cfg.num_kv_heads, slots, cfg.head_dim)
   return tuple(
       attention.KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
       for _ in range(cfg.depth)

@@ -7,7 +7,9 @@ import pytest
 
 from moellava_jax.evals import ask, base
 
-SETTINGS = ask.Settings(max_new_tokens=4, temperature=0.0, batch_size=2)
+SETTINGS = ask.Settings(
+    max_new_tokens=4, temperature=0.0, batch_size=2, routing_trace=False
+)
 
 
 @pytest.fixture

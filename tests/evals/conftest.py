@@ -12,12 +12,18 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from moellava_jax import infer
+from moellava_jax import config, infer
+from moellava_jax.infer import tracing
 
 
 class Request(NamedTuple):
   turns: tuple[tuple[str, str], ...]
   images: tuple[Any, ...]
+
+
+class Answer(NamedTuple):
+  text: str
+  routing: Any
 
 
 class FakeChat:
@@ -32,23 +38,37 @@ class FakeChat:
     self.dies_at = None
     self.calls = []
     self.seen = []
+    self.seeds = []
 
-  def generate(
-      self,
-      requests,
-      *,
-      max_new_tokens,
-      temperature=0.0,
-      top_p=1.0,
-      seed=0,
-      batch_size,
+  def answer(
+      self, requests, options, *, max_new_tokens, batch_size, trace=False
   ):
-    assert 0 < len(requests) <= batch_size
+    assert 0 < len(requests) == len(options) <= batch_size
     if self.dies_at is not None and len(self.seen) >= self.dies_at:
       raise KeyboardInterrupt
-    self.calls.append((len(requests), max_new_tokens, temperature, seed))
+    first = options[0]
+    self.calls.append(
+        (len(requests), max_new_tokens, first.temperature, first.seed)
+    )
     self.seen.extend(requests)
-    return [self.reply(request) for request in requests]
+    self.seeds.extend(one.seed for one in options)
+    return [
+        Answer(self.reply(r), self.routing(r) if trace else None)
+        for r in requests
+    ]
+
+  def routing(self, request):
+    """Three tokens, the second of an image, in one layer of four experts."""
+    seed = len(request.turns[-1][1])
+    choice_T = np.arange(seed, seed + 3) % 4
+    return tracing.Routing(
+        (0,),
+        np.array([7, config.IMAGE_TOKEN, 8], np.int32),
+        np.array([False, False, True]),
+        np.stack([choice_T, (choice_T + 1) % 4], -1)[None].astype(np.int32),
+        np.full((1, 3, 2), 0.5, np.float32),
+        np.array([[[True, True], [True, False], [True, True]]]),
+    )
 
 
 @pytest.fixture

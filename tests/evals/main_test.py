@@ -54,6 +54,8 @@ def options(tmp_path, questions, images, write_jsonl):
         'max_new_tokens': None,
         'temperature': 0.0,
         'cpu_devices': 1,
+        'shard': None,
+        'routing_trace': False,
     }
     return run.Options(**{**fields, **changes})
 

@@ -46,6 +46,8 @@ def options(tmp_path):
       max_new_tokens=None,
       temperature=0.0,
       cpu_devices=1,
+      shard=None,
+      routing_trace=False,
   )
   return lambda **changes: dataclasses.replace(default, **changes)
 
@@ -112,7 +114,7 @@ def test_activated_parameters_are_those_of_the_paper():
 
 
 def test_several_images_are_shown_in_order(chats, images, tmp_path):
-  settings = ask.Settings(8, 0.0, 4)
+  settings = ask.Settings(8, 0.0, 4, False)
   first = base.Question(1, 'a.png', 'Compare.', 'c', None, {}, ('b.png',))
   placed = dataclasses.replace(
       first, question_id=2, text='Is <image> like <image>?'
@@ -155,7 +157,7 @@ def test_controls_reach_every_image(chats, images, tmp_path):
         images,
         tmp_path / f'{control}.jsonl',
         control,
-        ask.Settings(8, 0.0, 4),
+        ask.Settings(8, 0.0, 4, False),
         model_id='moe',
     )
   swapped = (f'{images}/b.png', f'{images}/a.png')
@@ -172,7 +174,7 @@ def test_questions_that_share_an_id_are_all_asked_and_resumed(
   questions = [
       base.Question('a', 'a.png', f'Q{n}', 'c', None, {}) for n in range(5)
   ]
-  settings = ask.Settings(8, 0.0, 2)
+  settings = ask.Settings(8, 0.0, 2, False)
   arguments = questions, images, tmp_path / 'a.jsonl', 'none', settings
   chats('moe').dies_at = 2
   with pytest.raises(KeyboardInterrupt):

@@ -215,7 +215,7 @@ def _step(cfg, params, tokens_BT, position, cache):
     out = m(
         m.embed(tokens_BT, with_images=False),
         positions_BT,
-        attention.cache_mask(positions_BT, cache[0].k_BSKd.shape[1]),
+        attention.cache_mask(positions_BT, cache[0].k_BKSd.shape[2]),
         real_BT,
         ~real_BT,
         cache,

@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`moellava_jax.load(DIR).chat(...)`: turns, batches, pieces, stop, traces."""
+
+import dataclasses
+
+import numpy as np
+from PIL import Image
+import pytest
+
+import moellava_jax
+from moellava_jax import config, sharding
+from moellava_jax.data import templates
+from moellava_jax.infer import chat as chat_lib
+from moellava_jax.infer import generate, requests, sampling
+from tests import tiny
+
+RED = Image.new('RGB', (9, 7), 'red')
+# As long as a conversation of two turns with its answer, for one bucket.
+QUESTION = 'Which colour is it?'
+GREEN = Image.new('RGB', (20, 30), 'green')
+ASK = {'max_new_tokens': 8}
+HOT = {**ASK, 'temperature': 1.5}
+
+
+def test_a_batch_equals_its_questions_one_by_one(chat, tmp_path):
+  RED.save(tmp_path / 'red.png')
+  images = [tmp_path / 'red.png', GREEN, RED]
+  texts = [QUESTION, QUESTION.upper(), QUESTION[::-1]]
+  for options in (ASK, HOT):
+    # As four rows, which the mesh of another test divides.
+    requests_N = [
+        requests.conversation(*pair, ())
+        for pair in zip(images, texts, strict=True)
+    ]
+    together = chat.generate(requests_N, **options, batch_size=4)
+    alone = [
+        chat.chat(image, text, **options, seed=n)
+        for n, (image, text) in enumerate(zip(images, texts, strict=True))
+    ]
+    assert together == alone
+  assert len(set(together)) == len(together)
+
+
+def test_a_list_of_texts_is_a_batch(chat):
+  (found,) = chat.chat([RED], [QUESTION], **HOT)
+  assert found == chat.chat(RED, QUESTION, **HOT)
+
+
+def test_pieces_are_the_answer_and_come_one_by_one(chat):
+  answer = chat.chat(RED, QUESTION, **HOT)
+  pieces = list(chat.chat(RED, QUESTION, **HOT, stream=True))
+  assert ''.join(pieces) == answer
+  assert len(pieces) > 2
+
+
+def test_a_stop_string_ends_an_answer(chat):
+  answer = chat.chat(RED, QUESTION, **HOT)
+  stop = answer[3:5]
+  expected = answer[: answer.index(stop)].strip()
+  assert chat.chat(RED, QUESTION, **HOT, stop=(stop,)) == expected
+  assert chat.chat(RED, QUESTION, **HOT, stop=stop) == expected
+  found = chat.chat(RED, QUESTION, **HOT, stop=(stop,), stream=True)
+  assert ''.join(found) == expected
+
+
+def test_the_template_brings_its_stop_string(chat):
+  assert chat.stop == ()  # It is the end token.
+  assert chat._replace(template=templates.get('v0')).stop == ('###',)
+  answer = chat.chat(RED, QUESTION, **HOT)
+  # A question is followed by no `sep2`, so that the prompt stays.
+  other = dataclasses.replace(chat.template, sep2=answer[3:5])
+  expected = answer[: answer.index(answer[3:5])].strip()
+  assert chat._replace(template=other).chat(RED, QUESTION, **HOT) == expected
+
+
+def test_history_comes_before_and_images_with_its_first_question():
+  asked = requests.conversation(RED, 'And now?', [('Is it red?', 'Yes')])
+  assert asked.turns == (
+      ('human', '<image>\nIs it red?'),
+      ('gpt', 'Yes'),
+      ('human', 'And now?'),
+  )
+  placed = requests.conversation(
+      [RED, GREEN], 'Like <image>?', [('Is <image> red?', 'Yes')]
+  )
+  assert [words for _, words in placed.turns][::2] == [
+      'Is <image> red?',
+      'Like <image>?',
+  ]
+  assert placed.images == (RED, GREEN)
+
+
+def test_a_turn_is_answered_as_the_whole_conversation(chat):
+  found = chat.chat(RED, 'No', history=[('red?', 'Yes')], **HOT)
+  turns = (
+      ('human', '<image>\nred?'),
+      ('gpt', 'Yes'),
+      ('human', 'No'),
+  )
+  request = chat_lib.Request(turns, (RED,))
+  assert chat.generate([request], **HOT, batch_size=1) == [found]
+  assert chat.chat(RED, QUESTION, **HOT) != found
+
+
+def test_the_trace_of_generation_is_that_of_the_whole_conversation(chat):
+  request = requests.conversation(RED, QUESTION, ())
+  (answer,) = chat.answer(
+      [request],
+      [sampling.Options(temperature=1.5)],
+      **ASK,
+      batch_size=1,
+      trace=True,
+  )
+  made = answer.routing
+  assert made is not None
+  prompt = chat.encode(request)
+  length = len(prompt.tokens_L)
+  # The eighth token is not routed: nothing follows it.
+  assert made.is_answer_T.tolist() == [False] * length + [True] * 7
+  assert made.is_image_T.sum() == chat.model.cfg.vision.num_tokens
+  whole = chat_lib.tracing.trace(
+      chat.model,
+      chat.params,
+      prompt._replace(tokens_L=made.tokens_T),
+      length,
+      chat.mesh,
+  )
+  assert made.layers == whole.layers == (0,)
+  np.testing.assert_array_equal(made.choice_MTk, whole.choice_MTk)
+  np.testing.assert_array_equal(made.kept_MTk, whole.kept_MTk)
+  np.testing.assert_allclose(made.weight_MTk, whole.weight_MTk, atol=1e-5)
+  assert len(np.unique(made.choice_MTk)) > 1
+
+
+def test_trace_includes_the_answer(chat):
+  traced = chat.trace(RED, QUESTION, 'Yes')
+  text = chat.tokenizer.decode(traced.tokens_T[traced.is_answer_T])
+  assert text.strip() == 'Yes'
+  assert traced.tokens_T[-1] == chat.tokenizer.eos_id
+  own = chat.trace(RED, QUESTION, **ASK)
+  text = chat.tokenizer.decode(own.tokens_T[own.is_answer_T])
+  assert text.strip() == chat.chat(RED, QUESTION, **ASK)
+
+
+def test_the_door_splits_a_model_over_a_mesh(checkpoint_dir, chat):
+  sizes = {'data': 1, 'fsdp': 2, 'expert': 2, 'tensor': 2}
+  mesh = sharding.make_mesh(
+      dataclasses.replace(tiny.train_config().mesh, **sizes)
+  )
+  split = moellava_jax.load(checkpoint_dir, mesh=mesh)
+  kernel = split.params['llm']['layers_0']['moe']['experts']['fc1']['kernel']
+  assert kernel.addressable_shards[0].data.size * 8 == kernel.size
+  assert split.digest == chat.digest
+  asked = [requests.conversation(image, QUESTION, ()) for image in (RED, GREEN)]
+  expected = chat.generate(asked, **ASK, batch_size=4)
+  assert split.generate(asked, **ASK, batch_size=4) == expected
+
+
+@pytest.mark.parametrize(
+    'image, text, options, message',
+    [
+        (RED, '<image> <image>?', {}, '2 <image> marks, but 1 images'),
+        ('gone.png', 'Hi', {}, "'gone.png' does not exist"),
+        (RED, ['Hi', 'Ho'], {}, 'one image for 2 texts'),
+        ([RED], ['Hi', 'Ho'], {}, '1 entries of images for 2 texts'),
+        (None, ['Hi'], {'stream': True}, 'stream=True goes with one text'),
+        (None, ['Hi'], {'history': [('a', 'b')]}, 'history of 1 turns'),
+        (None, 'Hi', {'max_new_tokens': 0}, 'max_new_tokens=0'),
+        (None, 'Hi', {'temperature': -1.0}, 'temperature=-1.0'),
+        (None, 'Hi', {'temperature': float('nan')}, 'temperature=nan'),
+        (None, 'Hi', {'top_p': 0.0}, 'top_p=0.0'),
+        (None, 'Hi', {'top_k': -1}, 'top_k=-1'),
+    ],
+)
+def test_what_cannot_be_is_named(chat, image, text, options, message):
+  with pytest.raises(config.UserError, match=message):
+    chat.chat(image, text, **{'max_new_tokens': 4, **options})
+
+
+def test_a_conversation_that_is_too_long_is_refused_before_it_is_asked(chat):
+  length = len(chat.encode(requests.conversation(RED, QUESTION, ())).tokens_L)
+  short = chat._replace(max_positions=length + 8)
+  assert short.chat(RED, QUESTION, **ASK) == chat.chat(RED, QUESTION, **ASK)
+  message = f'9 new tokens takes {length + 9} positions, .* for {length + 8}'
+  for options in ({}, {'stream': True}):
+    with pytest.raises(config.UserError, match=message):
+      short.chat(RED, QUESTION, max_new_tokens=9, **options)
+
+
+def test_a_dense_model_has_no_trace(dense_dir):
+  dense = chat_lib.load(dense_dir)
+  with pytest.raises(config.UserError, match='is a dense model'):
+    dense.trace(RED, 'Is it red?', 'Yes')
+
+
+def test_stop_strings_and_options_compile_nothing(chat):
+  def compiled():
+    return generate._start._cache_size(), generate._advance._cache_size()
+
+  chat.chat(RED, QUESTION, **ASK)
+  before = compiled()
+  chat.chat(RED, QUESTION[::-1], **HOT, top_k=3, top_p=0.5, seed=9)
+  chat.chat(RED, QUESTION[::-1], **ASK, stop=('e', '<|extra_0|>'))
+  chat.chat(RED, QUESTION[:-2], max_new_tokens=5)
+  list(chat.chat(RED, QUESTION, **ASK, stream=True))
+  assert compiled() == before
