@@ -60,9 +60,8 @@ def test_sigterm_lets_answers_end_and_exits_with_0(model_dir, alone):
     text += ''.join(c.choices[0].delta.content or '' for c in stream)
     _, complaints = process.communicate(timeout=60)
   assert process.returncode == 0, complaints
-  assert text == chat.chat(
-      serving.picture(0), 'what is it ?', max_new_tokens=20
-  )
+  request = chat_lib.Request((('human', 'left ?'),), ())
+  assert text == alone(request, 12)
 
 
 def test_mistakes_are_one_line(tmp_path):
