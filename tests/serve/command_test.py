@@ -36,8 +36,14 @@ def _healthy(url: str) -> bool:
     return False
 
 
-def test_sigterm_lets_answers_end_and_exits_with_0(model_dir, chat):
-  flags = (f'--model={model_dir}', '--port=0', '--context=40', '--slots=4')
+def test_sigterm_lets_answers_end_and_exits_with_0(model_dir, alone):
+  # Three programs: a text alone, of two lengths, and the step.
+  flags = (
+      f'--model={model_dir}',
+      '--port=0',
+      '--context=24',
+      '--max_images=0',
+  )
   with _started(*flags, '--api_key_env=KEY', KEY='s3cret') as process:
     line = process.stdout.readline()
     url = line.split()[1].removesuffix('/v1,')
@@ -46,16 +52,16 @@ def test_sigterm_lets_answers_end_and_exits_with_0(model_dir, chat):
     with pytest.raises(openai.AuthenticationError):
       wrong.models.list()
     client = openai.OpenAI(base_url=f'{url}/v1', api_key='s3cret')
-    body = serving.body(max_tokens=20, stream=True)
+    messages = [{'role': 'user', 'content': 'left ?'}]
+    body = serving.body(messages, max_tokens=12, stream=True)
     stream = client.chat.completions.create(**body)
     text = next(stream).choices[0].delta.content
     process.send_signal(signal.SIGTERM)
     text += ''.join(c.choices[0].delta.content or '' for c in stream)
     _, complaints = process.communicate(timeout=60)
   assert process.returncode == 0, complaints
-  assert text == chat.chat(
-      serving.picture(0), 'what is it ?', max_new_tokens=20
-  )
+  request = chat_lib.Request((('human', 'left ?'),), ())
+  assert text == alone(request, 12)
 
 
 def test_mistakes_are_one_line(tmp_path):

@@ -104,7 +104,10 @@ def test_64_clients_with_10_requests_each(server, alone, capsys):
 @pytest.mark.slow
 @pytest.mark.large
 def test_the_first_token_comes_soon(server, chat, capsys):
-  """At most 1.5 x (decode, tokenise, prefill) + 30 ms, medians."""
+  """At most 1.5 x (decode, tokenise, prefill) + 30 ms, medians.
+
+  The first event is sent when the first token is there, be it half a character.
+  """
   options = serving.OPTIONS
   limits = media.Limits(20_000_000, 20 << 20, True, None, None)
   engine = engine_lib.Engine(chat, slots=options.slots, context=options.context)
@@ -121,9 +124,7 @@ def test_the_first_token_comes_soon(server, chat, capsys):
     given = serving.body(messages, stream=True)
     begin = time.perf_counter()
     with client.chat.completions.create(**given) as stream:
-      for chunk in stream:
-        if chunk.choices[0].delta.content:
-          break
+      next(stream)
       outside.append(time.perf_counter() - begin)
       for _ in stream:
         pass

@@ -104,7 +104,8 @@ def test_a_wrong_field_is_named(changes, param):
         b'null',
         b'"text"',
         b'\xff\xfe{\x00}\x00',
-        b'{"a": NaN}',
+        b'{"model": "m", "messages": [{"role": "user", "content": "?"}],'
+        b' "user": NaN}',
         b'{"temperature": 1e999, "model": "m", "messages": []}',
         b'{"model": "a\x01"}',
         b'[' * 100_000,
@@ -174,7 +175,6 @@ def _cut() -> str:
 
 def test_images_that_are_none_are_refused(server):
   text = base64.b64encode(b'no image').decode()
-  eps = b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n'
   for url, code in (
       ('data:image/png;base64,', 'invalid_image'),
       (f'data:image/png;base64,{text}', 'invalid_image'),
@@ -182,10 +182,8 @@ def test_images_that_are_none_are_refused(server):
       ('data:image/png,abc', 'invalid_image_url'),
       (f'data:text/plain;base64,{text}', 'invalid_image_url'),
       (_cut(), 'invalid_image'),
-      (
-          f'data:image/eps;base64,{base64.b64encode(eps).decode()}',
-          'invalid_image',
-      ),
+      # Pillow reads it; it also reads EPS, for which it runs a program.
+      (serving.data_uri(serving.picture(0), 'TIFF'), 'invalid_image'),
       (_bomb(4500), 'image_too_large'),
       # A strip of few pixels in a square of many.
       (serving.data_uri(Image.new('1', (5000, 10))), 'image_too_large'),
