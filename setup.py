@@ -46,18 +46,19 @@ DEPENDENCIES = [
 # Orbax asks for there.
 GCS = ['gcsfs>=2026.10.1']
 
+# Gradio for the page; the others for the API.
+SERVE = [
+    'gradio>=6.31,<7',
+    'starlette>=1.10,<2',
+    'uvicorn>=0.54,<1',
+    'prometheus_client',
+]
 EXTRAS = {
     'cuda12': ['jax[cuda12]>=0.10.2,<0.13'],
     'cuda13': ['jax[cuda13]>=0.10.2,<0.13'],
     'tpu': ['jax[tpu]>=0.10.2,<0.13', *GCS],
     'gcs': GCS,
-    # Gradio for the page; the others for the API.
-    'serve': [
-        'gradio>=6.31,<7',
-        'starlette>=1.10,<2',
-        'uvicorn>=0.54,<1',
-        'prometheus_client',
-    ],
+    'serve': SERVE,
     'tensorboard': ['tensorboardX>=2.6.5'],
     'wandb': ['wandb'],
     'jpeg': ['simplejpeg>=1.9,<2'],  # config.data.decode='fast'.
@@ -66,6 +67,8 @@ EXTRAS = {
     # scikit-image: photographs.
     'test': [
         *GCS,
+        *SERVE,
+        'openai>=3.54,<4',
         'pytest>=9,<10',
         'psutil',
         'scikit-image',
