@@ -203,8 +203,6 @@ class _StageRun:
     for step in range(first + 1, self._steps + 1):
       rows = next(batches)
       state, metrics = train_step(state, frozen, rows)
-      if step < self._steps:
-        batches.ahead()
       # The record of a step is made while the next one runs.
       if pending is not None:
         self._log(display, pending, state, frozen)
@@ -223,6 +221,9 @@ class _StageRun:
         self._save(step, state)
       if asked == agree.STOP and not last:
         return None
+      # After the records: data that hang must not take finished steps along.
+      if not last:
+        batches.ahead()
     return state
 
   def _feed(self, first: int, frozen) -> feed.Feed:
