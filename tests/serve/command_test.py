@@ -10,6 +10,7 @@ import sys
 import openai
 import pytest
 
+from moellava_jax.infer import chat as chat_lib
 from tests.serve import serving
 
 
@@ -48,16 +49,18 @@ def test_sigterm_lets_answers_end_and_exits_with_0(model_dir, alone):
     line = process.stdout.readline()
     url = line.split()[1].removesuffix('/v1,')
     serving.until(lambda: _healthy(url), 180)
-    wrong = openai.OpenAI(base_url=f'{url}/v1', api_key='no', max_retries=0)
-    with pytest.raises(openai.AuthenticationError):
+    with (
+        openai.OpenAI(base_url=f'{url}/v1', api_key='no') as wrong,
+        pytest.raises(openai.AuthenticationError),
+    ):
       wrong.models.list()
-    client = openai.OpenAI(base_url=f'{url}/v1', api_key='s3cret')
     messages = [{'role': 'user', 'content': 'left ?'}]
     body = serving.body(messages, max_tokens=12, stream=True)
-    stream = client.chat.completions.create(**body)
-    text = next(stream).choices[0].delta.content
-    process.send_signal(signal.SIGTERM)
-    text += ''.join(c.choices[0].delta.content or '' for c in stream)
+    with openai.OpenAI(base_url=f'{url}/v1', api_key='s3cret') as client:
+      stream = client.chat.completions.create(**body)
+      text = next(stream).choices[0].delta.content
+      process.send_signal(signal.SIGTERM)
+      text += ''.join(c.choices[0].delta.content or '' for c in stream)
     _, complaints = process.communicate(timeout=60)
   assert process.returncode == 0, complaints
   request = chat_lib.Request((('human', 'left ?'),), ())

@@ -81,4 +81,5 @@ def server(chat):
 
 @pytest.fixture(scope='session')
 def client(server):
-  return server.client()
+  with server.client() as found:
+    yield found

@@ -88,10 +88,15 @@ def test_overload_is_told_and_passes(gated):
   scheduler = server.service.scheduler
   waiting = [_send(server) for _ in range(6)]
   engine.let_in(scheduler, 6)
-  with pytest.raises(openai.RateLimitError) as caught:
-    server.client().chat.completions.create(**serving.body())
+  with (
+      server.client() as client,
+      pytest.raises(openai.RateLimitError) as caught,
+  ):
+    client.chat.completions.create(**serving.body())
   assert int(caught.value.response.headers['Retry-After']) >= 1
   assert caught.value.code == 'rate_limit_exceeded'
+  # Before its body was read.
+  assert 'waiting or being answered' in str(caught.value)
   # The rest still answers.
   assert serving.call(server.url, '/health').status == 200
   engine.open()
@@ -143,8 +148,7 @@ def _stream(client):
 
 def test_closing_finishes_what_has_begun(gated):
   server, engine = gated
-  client = server.client()
-  with futures.ThreadPoolExecutor(2) as pool:
+  with server.client() as client, futures.ThreadPoolExecutor(2) as pool:
     stream = pool.submit(_stream, client)
     whole = pool.submit(
         client.chat.completions.create, **serving.body(max_tokens=15)
@@ -169,7 +173,7 @@ def test_when_the_engine_fails_all_hear_of_it(gated, monkeypatch):
 
   monkeypatch.setattr(serving.Gated.__base__, 'step', fail)
   client = server.client()
-  with futures.ThreadPoolExecutor(6) as pool:
+  with client, futures.ThreadPoolExecutor(6) as pool:
     stream = pool.submit(_stream, client)
     serving.until(lambda: scheduler._entering)
     others = [
@@ -183,8 +187,8 @@ def test_when_the_engine_fails_all_hear_of_it(gated, monkeypatch):
       found = other.result()
       assert found.status == 500
       assert 'out of memory' not in found.body['error']['message']
-  with pytest.raises(openai.APIError, match='failed'):
-    list(begun)
+    with pytest.raises(openai.APIError, match='failed'):
+      list(begun)
   assert failed.wait(60)
   assert serving.call(server.url, '/health').body == {'status': 'failed'}
   assert serving.complete(server.url, serving.body()).status == 503

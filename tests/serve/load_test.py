@@ -59,17 +59,12 @@ def _load(server, alone, clients: int, requests: int, capsys) -> None:
   together = threading.Barrier(clients)
 
   def ask(n):
-    client = server.client()
-    client = client.with_options(timeout=600)
-    together.wait()
-    return [
-        client.chat.completions.create(
-            **serving.body(serving.question(TEXT, urls[n]), max_tokens=12)
-        )
-        .choices[0]
-        .message.content
-        for _ in range(requests)
-    ]
+    given = serving.body(serving.question(TEXT, urls[n]), max_tokens=12)
+    with server.client() as client:
+      asking = client.with_options(timeout=600).chat.completions
+      together.wait()
+      found = [asking.create(**given) for _ in range(requests)]
+    return [one.choices[0].message.content for one in found]
 
   begin = time.monotonic()
   with _Peak() as peak, futures.ThreadPoolExecutor(clients) as pool:
@@ -103,7 +98,7 @@ def test_64_clients_with_10_requests_each(server, alone, capsys):
 
 @pytest.mark.slow
 @pytest.mark.large
-def test_the_first_token_comes_soon(server, chat, capsys):
+def test_the_first_token_comes_soon(server, client, chat, capsys):
   """At most 1.5 x (decode, tokenise, prefill) + 30 ms, medians.
 
   The first event is sent when the first token is there, be it half a character.
@@ -111,7 +106,6 @@ def test_the_first_token_comes_soon(server, chat, capsys):
   options = serving.OPTIONS
   limits = media.Limits(20_000_000, 20 << 20, True, None, None)
   engine = engine_lib.Engine(chat, slots=options.slots, context=options.context)
-  client = server.client()
   inside, outside = [], []
   for seed in range(20):
     messages = serving.question(TEXT, serving.data_uri(_large(seed)))
