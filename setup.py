@@ -57,7 +57,13 @@ EXTRAS = {
     'wandb': ['wandb'],
     # For tokenizer files that `tokenizers` cannot read: Qwen 1, LLaMA, Yi.
     'tokenizers': ['tiktoken', 'sentencepiece'],
-    'test': ['pytest>=9,<10', 'psutil', 'scikit-image'],  # For photographs.
+    'test': [
+        'pytest>=9,<10',
+        'psutil',
+        'scikit-image',  # For photographs.
+        'gradio>=6.31,<7',
+        'playwright',  # Drives a browser that is there, fetches none.
+    ],
     # Comparisons with the original framework, and its `.bin` files.
     'parity': ['torch==2.13.0'],
     # Exact: another version formats and complains differently.

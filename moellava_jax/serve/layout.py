@@ -11,11 +11,12 @@ _KEEP_SECONDS = 24 * 3600  # Uploads.
 _USUAL_ANSWER = 256  # Tokens, to begin with.
 
 CSS = experts.CSS + """
-#chat .image-container img { min-width: 168px; }
+#chat [data-testid=user] img { width: 150px; height: 150px;
+  object-fit: contain; }
 /* It would send the conversation to another site. */
 #chat [aria-label=Share] { display: none; }
 #examples > .gallery { display: flex; flex-flow: row wrap; gap: 8px; }
-#examples .gallery-item { font-size: var(--text-sm); }
+#examples .gallery-item p { font-size: var(--text-sm); }
 #examples .gallery-item img { width: 48px; height: 48px; }
 """
 
@@ -88,8 +89,9 @@ def _conversation(gr, questions):
   chatbot = gr.Chatbot(
       label='Conversation',
       height=480,
-      buttons=['copy'],
+      buttons=['copy_all'],
       allow_tags=False,
+      allow_file_downloads=False,
       feedback_options=None,
       placeholder='Attach an image below, and ask about it.',
       elem_id='chat',

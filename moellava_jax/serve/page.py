@@ -13,7 +13,7 @@ _EXAMPLES = 6
 MOST_TEMPERATURE = 2.0
 
 _ASK = 'Here is shown which experts process the tokens of the answer.'
-_BUSY = 'The answer is being written.'
+_BUSY = 'The answer is being written; the first one waits for compiling.'
 
 
 def examples(model: str) -> list[tuple[str, str]]:
