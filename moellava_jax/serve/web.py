@@ -164,7 +164,14 @@ def launch(options: Options, chat: chat_lib.Chat, uploads: str):
 def _serve(options: Options) -> None:
   chat = chat_lib.load(options.model, options.cpu_devices)
   with tempfile.TemporaryDirectory(prefix='moellava_web_') as uploads:
-    demo = launch(options, chat, uploads)
+    try:
+      demo = launch(options, chat, uploads)
+    except OSError as error:
+      # Gradio's words speak of its own parameters.
+      raise config.UserError(
+          f'--host={options.host} --port={options.port or "7860 to 7959"}: there'
+          ' is no such address, or no free port. Choose another.'
+      ) from error
     print(f'{chat.name}: {demo.local_url}', flush=True)
     if options.host not in (*admission.LOOPBACK, '::1'):
       logging.warning('Open to everyone on the network of --host.')
