@@ -64,14 +64,14 @@ EXTRAS = {
     'jpeg': ['simplejpeg>=1.9,<2'],  # config.data.decode='fast'.
     # For tokenizer files that `tokenizers` cannot read: Qwen 1, LLaMA, Yi.
     'tokenizers': ['tiktoken', 'sentencepiece'],
-    # scikit-image: photographs.
     'test': [
         *GCS,
         *SERVE,
         'openai>=3.54,<4',
+        'playwright',  # Drives a browser that is there, fetches none.
         'pytest>=9,<10',
         'psutil',
-        'scikit-image',
+        'scikit-image',  # For photographs.
         'simplejpeg>=1.9,<2',
     ],
     # Comparisons with the original framework, and its `.bin` files.
