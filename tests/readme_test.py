@@ -93,7 +93,7 @@ def test_every_extra_exists():
   extras = re.findall(r'pip install -e \.\[(\w+)\]', README)
   assert extras
   text = (ROOT / 'setup.py').read_text()
-  assert all(f"'{extra}': [" in text for extra in extras)
+  assert all(f"'{extra}': " in text for extra in extras)
 
 
 def test_every_file_of_the_tree_exists():
