@@ -185,6 +185,7 @@ def test_an_epoch_of_workers_has_each_row_once_after_restarts(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.large
 def test_a_long_epoch_of_workers_has_each_row_once_after_restarts(tmp_path):
   data = _text_rows(tmp_path, 100_000)
   ids = _epoch_with_restarts(data, 500, 5)

@@ -102,6 +102,7 @@ def _kill_after(run: pathlib.Path, stage: str, step: int) -> list[int]:
 
 
 @pytest.mark.slow
+@pytest.mark.large
 def test_a_packed_run_that_is_killed_equals_one_left_alone(tmp_path, capsys):
   whole, run = tmp_path / 'whole', tmp_path / 'run'
   _run(whole, ('warmup',))
