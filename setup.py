@@ -92,6 +92,7 @@ setuptools.setup(
     license='Apache-2.0',
     license_files=['LICENSE'],
     packages=setuptools.find_packages(include=['moellava_jax*']),
+    package_data={'moellava_jax': ['bench/results/*.json']},
     python_requires='>=3.11',
     install_requires=DEPENDENCIES,
     extras_require=EXTRAS,
