@@ -3,7 +3,7 @@
 
   python -m moellava_jax.serve.api --model=DIR [--port=8000]
 
-POST /v1/chat/completions, GET /v1/models, /health (503 until everything is
+POST /v1/chat/completions, GET /v1/models, /health (503 until usual lengths are
 compiled) and /metrics (Prometheus). Concurrent requests are answered together.
 Images come as data URIs. SIGTERM and Ctrl-C let it finish what it has begun.
 """
@@ -38,6 +38,7 @@ _CONTEXT = 4096
 _REMOTE_SECONDS = 10.0
 _BODY_SECONDS = 60.0
 _MB = 1 << 20
+_WARM_UP_TEXT = 256  # Positions beside the images.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,14 +181,27 @@ def _pads(chat: chat_lib.Chat) -> bool:
   return 'pad' in found
 
 
-def warm_up(engine: engine_lib.Engine, images: int) -> list[Callable[[], None]]:
-  """Compiles one length each, so that closing need not wait for all."""
+def warm_up(
+    engine: engine_lib.Engine, images: int, image_tokens: int
+) -> list[Callable[[], None]]:
+  """Compiles one length each, so that closing need not wait for all.
+
+  Longer texts than `_WARM_UP_TEXT` are compiled when the first of them comes.
+  """
   lengths = {generate.bucket(n) for n in range(1, engine.context)}
   counts = sorted({generate.image_slots(n) for n in range(images + 1)})
-  return [
-      functools.partial(engine.warm_up, [length], counts)
-      for length in sorted(lengths)
-  ]
+  steps = []
+  for length in sorted(lengths):
+    usual = [
+        n
+        for n in counts
+        if n * image_tokens
+        < length
+        <= generate.bucket(n * image_tokens + _WARM_UP_TEXT)
+    ]
+    if usual:
+      steps.append(functools.partial(engine.warm_up, [length], usual))
+  return steps
 
 
 class Service:
@@ -216,7 +230,9 @@ class Service:
         chat.tokenizer,
         queue=options.queue,
         warm_up=warm_up(
-            engine, min(options.warm_up_images, options.max_images)
+            engine,
+            min(options.warm_up_images, options.max_images),
+            chat.model.cfg.vision.num_tokens,
         ),
         observer=counts,
     )

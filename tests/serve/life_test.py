@@ -6,6 +6,7 @@ import dataclasses
 import json
 import socket
 import threading
+import types
 
 import openai
 import pytest
@@ -124,8 +125,8 @@ def test_bodies_that_take_all_memory_are_sent_away(chat):
 def test_until_all_is_compiled_a_server_is_not_ready(chat, monkeypatch):
   begin = threading.Event()
 
-  def slowly(engine, images):
-    return [begin.wait, *warm_up(engine, images)]
+  def slowly(*args):
+    return [begin.wait, *warm_up(*args)]
 
   warm_up = api.warm_up
   monkeypatch.setattr(api, 'warm_up', slowly)
@@ -139,6 +140,19 @@ def test_until_all_is_compiled_a_server_is_not_ready(chat, monkeypatch):
     serving.until(lambda: serving.call(server.url, '/health').status == 200)
     assert serving.complete(server.url, serving.body()).status == 200
   assert service.close(60)
+
+
+def test_usual_lengths_are_compiled_with_their_images_first():
+  compiled = []
+  engine = types.SimpleNamespace(
+      context=4096,
+      warm_up=lambda lengths, images: compiled.append((lengths, images)),
+  )
+  for step in api.warm_up(engine, images=1, image_tokens=576):
+    step()
+  usual = [16, 24, 32, 48, 64, 96, 128, 192, 256]
+  assert [n for (n,), images in compiled if 0 in images] == usual
+  assert [n for (n,), images in compiled if 1 in images] == [768, 1024]
 
 
 def _stream(client):
