@@ -15,7 +15,6 @@ import os
 import signal
 import socket
 import sys
-from typing import Any
 
 from absl import app, flags, logging
 import uvicorn
@@ -26,6 +25,7 @@ from moellava_jax.infer import engine as engine_lib
 from moellava_jax.infer import generate
 from moellava_jax.serve import (
     admission,
+    command,
     media,
     metrics,
     prepare,
@@ -332,24 +332,11 @@ def serve(options: Options) -> int:
 
 
 def main(argv: Sequence[str]) -> int:
-  if len(argv) > 1:
-    raise app.UsageError(f'Unexpected arguments: {list(argv[1:])}.')
-  if flags.FLAGS.verbosity <= 0:
-    logging.set_verbosity(logging.WARNING)  # Orbax narrates what it reads.
   # Until the server runs there is nothing to finish.
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-  values: dict[str, Any] = {
-      field.name: flags.FLAGS[field.name].value
-      for field in dataclasses.fields(Options)
-  }
+  values = command.values(Options)
   values['allowed_hosts'] = tuple(values['allowed_hosts'])
-  try:
-    return serve(Options(**values))
-  except (config.UserError, OSError) as e:
-    print(f'error: {e}', file=sys.stderr)
-    return 1
-  except KeyboardInterrupt:
-    return 0
+  return command.run(argv, lambda: serve(Options(**values)))
 
 
 if __name__ == '__main__':

@@ -14,12 +14,13 @@ import re
 import sys
 from typing import NamedTuple, TextIO
 
-from absl import app, flags, logging
+from absl import app, flags
 
 from moellava_jax import config
 from moellava_jax.data import images as images_lib
 from moellava_jax.data import templates
 from moellava_jax.infer import chat as chat_lib
+from moellava_jax.serve import command
 
 HELP = """\
 /image FILE  shows an image with the next question
@@ -198,22 +199,19 @@ def _run() -> None:
     talk(conversation, _lines(''), sys.stdout)
 
 
-def main(argv: Sequence[str]) -> int:
-  if len(argv) > 1:
-    raise app.UsageError(f'Unexpected arguments: {list(argv[1:])}.')
-  if flags.FLAGS.verbosity <= 0:
-    logging.set_verbosity(logging.WARNING)  # Orbax narrates what it reads.
+def _quietly() -> int:
+  """`_run`, where the one at the other end may leave early."""
   try:
     _run()
-  except (config.UserError, OSError) as e:
-    if isinstance(e, BrokenPipeError):  # `| head` has read enough.
-      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-      return 0
-    print(f'error: {e}', file=sys.stderr)
-    return 1
+  except BrokenPipeError:  # `| head` has read enough.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
   except KeyboardInterrupt:
     return 130
   return 0
+
+
+def main(argv: Sequence[str]) -> int:
+  return command.run(argv, _quietly)
 
 
 if __name__ == '__main__':

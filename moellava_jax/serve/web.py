@@ -8,12 +8,12 @@ disk is read, and the page loads nothing from elsewhere.
 """
 
 from collections.abc import Sequence
+import contextlib
 import dataclasses
 import os
 import signal
 import sys
 import tempfile
-from typing import Any
 
 from absl import app, flags, logging
 from starlette import middleware as middleware_lib
@@ -22,7 +22,7 @@ from starlette.middleware import trustedhost
 
 from moellava_jax import config
 from moellava_jax.infer import chat as chat_lib
-from moellava_jax.serve import admission, layout, media, page
+from moellava_jax.serve import admission, command, layout, media, page
 
 _MB = 1 << 20
 
@@ -182,23 +182,15 @@ def _serve(options: Options) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-  if len(argv) > 1:
-    raise app.UsageError(f'Unexpected arguments: {list(argv[1:])}.')
-  if flags.FLAGS.verbosity <= 0:
-    logging.set_verbosity(logging.WARNING)  # Orbax narrates what it reads.
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-  values: dict[str, Any] = {
-      field.name: flags.FLAGS[field.name].value
-      for field in dataclasses.fields(Options)
-  }
-  try:
-    _serve(Options(**values))
-  except (config.UserError, OSError) as e:
-    print(f'error: {e}', file=sys.stderr)
-    return 1
-  except KeyboardInterrupt:
+  options = Options(**command.values(Options))
+
+  def serve() -> int:
+    with contextlib.suppress(KeyboardInterrupt):
+      _serve(options)
     return 0
-  return 0
+
+  return command.run(argv, serve)
 
 
 if __name__ == '__main__':

@@ -17,10 +17,6 @@ from moellava_jax.train import about, loop, metrics, preflight
 from tests import object_store, tiny
 
 _find = importlib.util.find_spec
-# Not by importing it: it reads the environment then.
-pytestmark = pytest.mark.skipif(
-    _find('gcsfs') is None, reason='needs the extra `gcs`'
-)
 
 RUN = 'gs://bucket/run'
 

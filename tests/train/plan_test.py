@@ -224,6 +224,37 @@ def _run(*arguments):
   )
 
 
+@pytest.mark.parametrize(
+    'remat, scan, cpu, warned',
+    [
+        ('full', False, True, True),
+        ('full', True, True, False),
+        ('none', False, True, False),
+        ('full', False, False, False),
+    ],
+)
+def test_a_plan_says_where_the_compiler_of_the_cpu_misleads(
+    capsys, remat, scan, cpu, warned
+):
+  cfg = _config(
+      model__llm__depth=4, model__remat=remat, model__scan_layers=scan
+  )
+  plan = report.make(
+      cfg,
+      'moe',
+      _target(1),
+      [accelerators.find('v5e')],
+      mfu=0.4,
+      compiles=False,
+      measures=False,
+  )
+  sizes = dict.fromkeys(('seconds', 'arguments', 'temporary', 'total'), 1)
+  plan['xla'] = {'target': 'this', 'cpu': cpu, 'collectives': {}, **sizes}
+  report.show(plan)
+  shown = ' '.join(capsys.readouterr().out.split())
+  assert ('the compiler of the CPU keeps much' in shown) == warned
+
+
 def test_command_prints_the_plan_and_writes_it(tmp_path):
   path = tmp_path / 'plan.json'
   done = _run(
