@@ -19,6 +19,7 @@ def model(tower: str, lm: str) -> Any:
   c.compute_dtype = 'auto'
   c.remat = 'none'
   c.scan_layers = False
+  c.loss_chunk = 16384
   c.moe = moe()
   return c
 

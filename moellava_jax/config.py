@@ -177,6 +177,9 @@ class ModelConfig:
   ]
   # Layers that repeat are one loop in the training step: it compiles faster.
   scan_layers: bool
+  # Columns of the logits that exist at once in training, at most; the head is
+  # multiplied again backward where the vocabulary is larger.
+  loss_chunk: int
 
   def segments(self) -> tuple[trees.Segment, ...]:
     """The decoder's layers, cut where their kinds stop repeating."""
@@ -385,6 +388,11 @@ def _check(cfg: TrainConfig) -> None:
           f'config.model.moe.top_k is {moe.top_k}; expected 1 to num_experts='
           f'{moe.num_experts}.'
       )
+  if cfg.model.loss_chunk < 1:
+    raise UserError(
+        f'config.model.loss_chunk={cfg.model.loss_chunk}; expected at least 1'
+        ' column (16384 is the default).'
+    )
   if cfg.model.scan_layers and all(
       segment.repeats == 1 for segment in cfg.model.segments()
   ):
@@ -530,6 +538,7 @@ _VOLATILE = (
     'mesh.',
     'model.remat',
     'model.scan_layers',
+    'model.loss_chunk',
     'checkpoint.',
     'watchdog.',
     'data.num_threads',

@@ -16,9 +16,10 @@ import flax.linen as nn
 from flax.linen import spmd
 import jax
 import jax.numpy as jnp
+import optax
 
 from moellava_jax import config, trees
-from moellava_jax.model import attention, layers
+from moellava_jax.model import attention, cross_entropy, layers
 from moellava_jax.model import moe as moe_lib
 
 
@@ -177,6 +178,34 @@ class Decoder(nn.Module):
           'BTD,VD->BTV', hidden_BTD, self.embedding_VD, self.dtype
       )
     return self.head(hidden_BTD)
+
+  def losses(
+      self, hidden_BTD: jax.Array, targets_BT: jax.Array, chunk: int
+  ) -> jax.Array:
+    """-log p of the targets, fp32 `[B, T]`.
+
+    Args:
+      hidden_BTD: after the final norm.
+      targets_BT: int32, in `[0, V)`.
+      chunk: columns of the logits that exist at once, at most.
+    """
+    if self.cfg.vocab_size <= chunk:
+      return optax.softmax_cross_entropy_with_integer_labels(
+          self.logits(hidden_BTD), targets_BT
+      )
+    if self.cfg.tied_head:
+      kernel_DV, bias_V = self.embedding_VD.T, None
+    else:
+      head = self.head.variables['params']
+      kernel_DV, bias_V = head['kernel'], head.get('bias')
+    return cross_entropy.token_losses(
+        hidden_BTD * self.cfg.head_scale,
+        kernel_DV,
+        bias_V,
+        targets_BT,
+        chunk=chunk,
+        dtype=self.dtype,
+    )
 
   @nn.compact
   def __call__(

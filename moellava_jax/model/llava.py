@@ -17,9 +17,10 @@ from moellava_jax.model import moe as moe_lib
 
 
 class LlavaOutput(NamedTuple):
-  logits_BTV: jax.Array  # fp32.
+  logits_BTV: Any  # fp32; None where there are losses instead.
   moe: tuple[moe_lib.MoeAux, ...]  # One per sparse layer.
   cache: tuple[attention.KVCache, ...] | None
+  losses_BT: Any = None  # fp32, -log p of targets, where these were given.
 
 
 class Features(NamedTuple):
@@ -75,8 +76,9 @@ class Llava(nn.Module):
       train: bool,
       cache: tuple[attention.KVCache, ...] | None = None,
       logits_at_B: jax.Array | None = None,
+      targets_BT: jax.Array | None = None,
   ) -> LlavaOutput:
-    """Next-token logits for every position.
+    """Next-token logits for every position, or the losses of `targets_BT`.
 
     Args:
       tokens_BT: int32, `IMAGE_TOKEN` where a patch of an image belongs.
@@ -88,6 +90,8 @@ class Llava(nn.Module):
       cache: written at `positions_BT`; attention then sees the cache only.
       logits_at_B: int32, the only column of each row that needs logits, which
         are then `[B, 1, V]`. Those of a long prompt are larger than the model.
+      targets_BT: int32, the next tokens: what comes out are their losses, and
+        at most `loss_chunk` columns of logits exist at once.
     """
     is_token_BT = segment_ids_BT > 0
     is_image_BT = (tokens_BT == config.IMAGE_TOKEN) & is_token_BT
@@ -115,6 +119,9 @@ class Llava(nn.Module):
         train=train,
     )
     hidden_BTD = out.hidden_BTD
+    if targets_BT is not None:
+      losses_BT = self.llm.losses(hidden_BTD, targets_BT, self.cfg.loss_chunk)
+      return LlavaOutput(None, out.moe, out.cache, losses_BT)
     if logits_at_B is not None:
       hidden_BTD = jnp.take_along_axis(
           hidden_BTD, logits_at_B[:, None, None], axis=1
@@ -132,6 +139,7 @@ def forward(
     *,
     train: bool,
     cache: tuple[attention.KVCache, ...] | None = None,
+    targets_BT: Any = None,
     rngs: dict[str, jax.Array] | None = None,
 ) -> LlavaOutput:
   """`model` with plain parameters; see `Llava.__call__`.
@@ -149,6 +157,7 @@ def forward(
       images_BIHWC,
       train=train,
       cache=cache,
+      targets_BT=targets_BT,
       rngs=rngs,
   )
   return cast(LlavaOutput, out)

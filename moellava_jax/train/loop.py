@@ -24,6 +24,7 @@ from moellava_jax.train import (
     init,
     inputs,
     preflight,
+    profiling,
     program,
     table,
 )
@@ -42,7 +43,11 @@ class Pending(NamedTuple):
   eval_loss: float | None
 
 
-def run(cfg: config.TrainConfig, watchman: guard.Guard | None = None) -> None:
+def run(
+    cfg: config.TrainConfig,
+    watchman: guard.Guard | None = None,
+    profiled: profiling.Steps | None = None,
+) -> None:
   """Trains all stages of `cfg`, going on where an earlier call stopped.
 
   Everything that can be wrong with settings, checkpoints and data is found
@@ -52,6 +57,7 @@ def run(cfg: config.TrainConfig, watchman: guard.Guard | None = None) -> None:
     cfg: of the run.
     watchman: entered by the caller; None: signals do what they usually do, and
       nothing watches over the time that a step takes.
+    profiled: steps of each stage that are recorded; None: none.
 
   Raises:
     guard.Stopped: `watchman` was told to stop, and a checkpoint is written.
@@ -78,7 +84,8 @@ def run(cfg: config.TrainConfig, watchman: guard.Guard | None = None) -> None:
   watchman.process = jax.process_index()
   for stage in todo:
     with sharding.use(meshes[stage]):
-      _StageRun(cfg, stage, meshes[stage], data, watchman).train()
+      profile = profiling.Profile(cfg.workdir, stage, profiled)
+      _StageRun(cfg, stage, meshes[stage], data, watchman, profile).train()
     about.write_stages(cfg)
 
 
@@ -133,9 +140,10 @@ class _StageRun:
       mesh,
       data: inputs.Inputs,
       watchman: guard.Guard,
+      profile: profiling.Profile,
   ):
     self._cfg, self._stage, self._mesh = cfg, stage, mesh
-    self._guard = watchman
+    self._guard, self._profile = watchman, profile
     self._poll = agree.Poll(mesh)
     self._section = cfg.stage(stage)
     self._began = self._saved_at = time.monotonic()
@@ -186,6 +194,7 @@ class _StageRun:
       stack.callback(self._checkpoints.wait)
       stack.callback(self._writer.close)
       stack.callback(display.close)
+      stack.enter_context(self._profile.around())
       state = self._steps_from(first, state, frozen, display)
     if state is None:
       self._checkpoints.close()
@@ -202,7 +211,14 @@ class _StageRun:
     self._last = self._saved_at = time.monotonic()
     for step in range(first + 1, self._steps + 1):
       rows = next(batches)
-      state, metrics = train_step(state, frozen, rows)
+      self._profile.before(step)
+      with (
+          jax.profiler.StepTraceAnnotation(self._stage, step_num=step),
+          # Whatever it needs is there: a copy from the host would hold it up.
+          jax.transfer_guard('disallow'),
+      ):
+        state, metrics = train_step(state, frozen, rows)
+      self._profile.after(step, metrics)
       # The record of a step is made while the next one runs.
       if pending is not None:
         self._log(display, pending, state, frozen)

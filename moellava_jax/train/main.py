@@ -56,6 +56,13 @@ _HEARTBEAT = flags.DEFINE_integer(
     lower_bound=1,
 )
 
+_PROFILE = flags.DEFINE_string(
+    'profile_steps',
+    None,
+    'Steps of each stage to record, such as 10-14, into RUN/profile/STAGE:'
+    ' traces for Perfetto and TensorBoard, see docs/profiling.md.',
+)
+
 # XLA sizes the threads of simulated devices by the cores. With few of them,
 # devices that wait for each other leave none for those that are waited for.
 _THREADS = 32
@@ -79,7 +86,7 @@ def main(argv):
     # After the flags: JAX starts here.
     import jax
 
-    from moellava_jax.train import cluster, ending, loop
+    from moellava_jax.train import cluster, ending, loop, profiling
 
     # It would take SIGTERM away from the guard.
     jax.config.update('jax_enable_preemption_service', False)
@@ -92,7 +99,10 @@ def main(argv):
           heartbeat_timeout_s=_HEARTBEAT.value,
       )
       ending.watch()
-      loop.run(config.from_dict(_CONFIG.value), watchman)
+      profiled = None
+      if _PROFILE.value is not None:
+        profiled = profiling.parse(_PROFILE.value)
+      loop.run(config.from_dict(_CONFIG.value), watchman, profiled)
     except guard.Stopped as stopped:
       cluster.say(f'{stopped} Run the same command again to go on.')
       sys.exit(guard.STOPPED)

@@ -30,11 +30,6 @@ class LossSums(NamedTuple):
   tokens: jax.Array  # Real positions.
 
 
-def token_losses(logits_BTV: Any, targets_BT: Any) -> jax.Array:
-  """-log p of the targets, fp32 `[B, T]`."""
-  return optax.softmax_cross_entropy_with_integer_labels(logits_BTV, targets_BT)
-
-
 def probe_loss(
     model: llava.Llava, params: Any, batch: Batch, sizes: tuple[int, ...]
 ) -> jax.Array:
@@ -48,7 +43,11 @@ def probe_loss(
       {'params': params['probe']}, features
   )
   losses = [
-      jnp.mean(token_losses(x, batch.attributes_BIPA[..., n]))
+      jnp.mean(
+          optax.softmax_cross_entropy_with_integer_labels(
+              x, batch.attributes_BIPA[..., n]
+          )
+      )
       for n, x in enumerate(logits)
   ]
   return jnp.sum(jnp.stack(losses))
@@ -87,15 +86,15 @@ def loss_sums(
       batch.positions_BT,
       batch.images_BIHWC if probe_sizes is None else None,
       train=train,
+      targets_BT=batch.targets_BT,
       rngs=rngs,
   )
-  loss_BT = token_losses(out.logits_BTV, batch.targets_BT)
   zero = jnp.zeros((), jnp.float32)
   probe = zero
   if probe_sizes is not None:
     probe = probe_loss(model, params, batch, probe_sizes)
   return LossSums(
-      ce_loss=jnp.sum(loss_BT * batch.loss_weight_BT),
+      ce_loss=jnp.sum(out.losses_BT * batch.loss_weight_BT),
       weight=jnp.sum(batch.loss_weight_BT),
       balance_loss=sum((aux.balance_loss for aux in out.moe), zero),
       z_loss=sum((aux.z_loss for aux in out.moe), zero),

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import gzip
 import json
 import os
 import pathlib
@@ -7,9 +8,9 @@ import shutil
 import numpy as np
 import pytest
 
-from moellava_jax import checkpoint, trees
+from moellava_jax import checkpoint, config, trees
 from moellava_jax.data import sources
-from moellava_jax.train import loop
+from moellava_jax.train import loop, profiling, program
 from moellava_jax.train import step as step_lib
 from tests import tiny
 
@@ -27,11 +28,26 @@ def _history(run):
 
 
 @pytest.fixture(scope='module')
-def finished(tmp_path_factory):
-  """A smoke run of all stages; tests copy it."""
+def trained(tmp_path_factory):
+  """A smoke run of all stages, whose step 2 is recorded, and its programs."""
   run = tmp_path_factory.mktemp('loop') / 'run'
-  loop.run(tiny.train_config(run))
-  return run
+  programs = []
+  real = program.Program.train_step
+
+  def noted(self, *args):
+    programs.append(real(self, *args))
+    return programs[-1]
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(program.Program, 'train_step', noted)
+    loop.run(tiny.train_config(run), profiled=profiling.Steps(2, 2))
+  return run, programs
+
+
+@pytest.fixture(scope='module')
+def finished(trained):
+  """A smoke run of all stages; tests copy it."""
+  return trained[0]
 
 
 def _copy(finished, tmp_path, *, without=()):
@@ -53,6 +69,19 @@ def _noting(calls, function):
     return function(*args, **kwargs)
 
   return noted
+
+
+def test_every_stage_compiles_its_step_once(trained):
+  _, programs = trained
+  assert [step._cache_size() for step in programs] == [1, 1, 1, 1]
+
+
+def test_the_steps_asked_for_are_in_a_trace(finished):
+  for stage in config.STAGES:
+    (path,) = (finished / 'profile' / stage).rglob('perfetto_trace.json.gz')
+    events = json.loads(gzip.decompress(path.read_bytes()))['traceEvents']
+    steps = [e['args']['step_num'] for e in events if e.get('name') == stage]
+    assert steps == ['2']
 
 
 def test_all_stages_are_complete_and_logged(finished):
@@ -203,10 +232,13 @@ def test_ten_steps_that_are_not_finite_end_the_run(
     finished, tmp_path, monkeypatch
 ):
   run = _copy(finished, tmp_path, without=('finetune', 'moe'))
-  real = step_lib.token_losses
-  monkeypatch.setattr(
-      step_lib, 'token_losses', lambda *args: real(*args) * np.nan
-  )
+  real = step_lib.loss_sums
+
+  def without_value(*args, **kwargs):
+    sums = real(*args, **kwargs)
+    return sums._replace(ce_loss=sums.ce_loss * np.nan)
+
+  monkeypatch.setattr(step_lib, 'loss_sums', without_value)
   cfg = tiny.train_config(
       run, stages=('warmup', 'pretrain', 'finetune'), finetune__steps=20
   )
