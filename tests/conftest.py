@@ -31,10 +31,12 @@ for _name, _value in {
 }.items():
   os.environ.setdefault(_name, _value)
 
-# Eight devices, so that meshes with several axes run on any machine.
+# Eight devices, so that meshes with several axes run on any machine. LLVM's
+# optimisations take as long as all else here, and tests run nothing for long.
 os.environ['XLA_FLAGS'] = (
     os.environ.get('XLA_FLAGS', '')
     + ' --xla_force_host_platform_device_count=8'
+    + ' --xla_backend_optimization_level=0'
 )
 
 if os.environ['JAX_PLATFORMS'] != 'cpu':

@@ -74,9 +74,7 @@ class Step:
     rows = cfg.stage(stage).batch_size
     with topology.use(self._mesh, target):
       self._program = program.Program(cfg, stage, self._mesh, 1)
-      trained, frozen = self._program.stack(
-          self._program.split(self._program.abstract_params())
-      )
+      trained, frozen = self._in_form(self._program.abstract_params())
       state = self._program.abstract_state(trained)
       batch = residuals.abstract_batch(
           cfg, stage, rows, sharding.of_batch(self._mesh)
@@ -131,13 +129,18 @@ class Step:
     params = init.fresh(
         self._program.model, 0, self._mesh, self._program.probe_sizes
     )
-    trained, frozen = self._program.stack(self._program.split(params))
+    trained, frozen = self._in_form(params)
     state = self._program.init_state(trained)
     rows = self._cfg.stage(self._stage).batch_size
     share = sharding.rows_of_process(self._mesh, rows)
     batch = jax.tree.map(lambda x: x[share], self._random_batch())
     batch = sharding.put_batch(batch, self._mesh)
     return jax.block_until_ready((state, frozen, batch))
+
+  def _in_form(self, params: Any) -> tuple[Any, Any]:
+    """(trained, frozen) as the step takes them."""
+    trained, frozen = self._program.split(params)
+    return self._program.stack((trained, self._program.freeze(frozen)))
 
   def _random_batch(self) -> batch_lib.Batch:
     """Rows that begin with their images; the rest is text, all supervised."""

@@ -305,16 +305,13 @@ class _StageRun:
       trained, frozen = self._program.split(params)
       self._frozen_hash = self._checkpoints.save_frozen(frozen)
       self._before = 0.0
+      frozen = self._program.freeze(frozen)
       trained, frozen = self._program.stack((trained, frozen))
       return self._program.init_state(trained), frozen, 0
     meta = self._checkpoints.read_meta(latest)
     cluster.say(f'{self._stage}: going on after step {latest}')
     self._frozen_hash = meta['frozen']
-    frozen = checkpoint.load_frozen(
-        self._cfg.workdir,
-        meta['frozen'],
-        trees.flatten(self._program.shardings),
-    )
+    frozen = self._program.freeze(self._load_frozen())
     abstract, _ = self._program.split(self._program.abstract_params())
     like = self._program.unstack(
         self._program.abstract_state(self._program.stack(abstract))
@@ -324,6 +321,14 @@ class _StageRun:
     state = state_lib.TrainState(trained=trained, **rest)
     state, frozen = self._program.stack((state, frozen))
     return state, frozen, meta['data']['next_index']
+
+  def _load_frozen(self) -> Any:
+    """What the stage does not train, in fp32."""
+    return checkpoint.load_frozen(
+        self._cfg.workdir,
+        self._frozen_hash,
+        trees.flatten(self._program.shardings),
+    )
 
   def _share(self) -> np.ndarray:
     """The rows of a global batch that this process reads."""
@@ -415,8 +420,9 @@ class _StageRun:
 
   def _finish(self, state, frozen) -> None:
     self._watch_other('writing the model')
-    state, frozen = self._program.unstack((state, frozen))
-    params = trees.merge(state.trained, frozen)
+    jax.tree.map(lambda x: x.delete(), frozen)  # They may be rounded.
+    state = self._program.unstack(state)
+    params = trees.merge(state.trained, self._load_frozen())
     params.pop('probe', None)
     summary = {
         'steps': self._steps,

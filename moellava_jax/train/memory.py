@@ -95,6 +95,7 @@ def _state(
   mesh = abstract_mesh(sizes)
   runner = program.Program(cfg, stage, mesh, 1)
   trained, frozen = runner.split(runner.abstract_params())
+  frozen = runner.freeze(frozen)
   here, away = _bytes_of(runner.abstract_state(trained).opt_state)
   gathered = 0
   if mesh.shape['fsdp'] > 1:

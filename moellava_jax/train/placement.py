@@ -108,6 +108,7 @@ class _StateBytes:
 
   def __init__(self, cfg: config.TrainConfig, stage: str):
     probe = program.probe_sizes(stage)
+    self._model = cfg.model
     self._boxed = init.boxed(llava.Llava(cfg.stage_model(stage)), probe)
     leaves = trees.flatten(nn.get_partition_spec(self._boxed))
     self._trained = trees.flatten(stages.mask(trees.unflatten(leaves), stage))
@@ -117,10 +118,13 @@ class _StateBytes:
     total = 0
     for path, box in trees.flatten(self._boxed).items():
       where, shape = places[path], box.value.shape
-      total += _elements(where, shape)
       if self._trained[path]:
-        total += 3 * _elements(sharding.zero(where, shape), shape)
-    return 4 * total
+        total += 4 * _elements(where, shape)
+        total += 12 * _elements(sharding.zero(where, shape), shape)
+      else:
+        size = program.frozen_dtype(path, self._model).itemsize
+        total += size * _elements(where, shape)
+    return total
 
 
 def _elements(where, shape) -> int:

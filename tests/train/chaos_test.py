@@ -29,7 +29,6 @@ def _chaos(*arguments):
 
 
 @pytest.mark.slow
-@pytest.mark.large
 def test_a_run_survives_three_kills(tmp_path):
   done = _chaos('--rounds=3', f'--dir={tmp_path / "runs"}')
   assert done.returncode == 0, done.stdout + done.stderr
