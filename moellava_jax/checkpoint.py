@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from moellava_jax import config, run_folder, trees
+from moellava_jax import config, run_folder, saved_config, trees
 
 _DAMAGED = (
     'If its files are damaged, copy them again or take another checkpoint.'
@@ -454,9 +454,9 @@ def describe(path: str) -> tuple[config.TrainConfig, str]:
     if (found / 'params').exists():
       about = json.loads((found / 'stage.json').read_text())
       text = (found / 'config.json').read_text()
-      return config.from_json(text), about['stage']
+      return saved_config.read(text), about['stage']
     meta = _read_meta(found)
-    return config.from_dict(meta['config']), meta['stage']
+    return saved_config.build(meta['config']), meta['stage']
 
 
 def load(
@@ -479,7 +479,7 @@ def load(
         run_folder.absolute(found) / 'params',
         abstract(about['params'], shardings, default),
     )
-    cfg = config.from_json((found / 'config.json').read_text())
+    cfg = saved_config.read((found / 'config.json').read_text())
     return Model(params, cfg, about['stage'], tokenizer_of(found), str(found))
   return _load_step(found, shardings, default)
 
@@ -498,7 +498,7 @@ def _load_step(found: epath.Path, shardings, default) -> Model:
   params.pop('probe', None)
   return Model(
       params,
-      config.from_dict(meta['config']),
+      saved_config.build(meta['config']),
       meta['stage'],
       tokenizer_of(found),
       str(found),

@@ -526,10 +526,6 @@ def to_json(config: Any) -> str:
   return json.dumps(dataclasses.asdict(config), sort_keys=True, indent=1)
 
 
-def from_json(text: str) -> TrainConfig:
-  return from_dict(json.loads(text))
-
-
 # Settings that may differ between a checkpoint and the run that resumes it.
 _VOLATILE = (
     'workdir',

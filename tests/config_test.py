@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import dataclasses
+import json
 import subprocess
 import sys
 
@@ -7,7 +8,7 @@ import ml_collections
 import pytest
 
 from configs import shapes
-from moellava_jax import config
+from moellava_jax import config, saved_config
 from tests import tiny
 
 
@@ -70,7 +71,24 @@ def test_a_missing_field_is_an_error():
 
 def test_a_saved_config_reads_back():
   cfg = config.from_dict(shapes.get_config())
-  assert config.from_json(config.to_json(cfg)) == cfg
+  assert saved_config.read(config.to_json(cfg)) == cfg
+
+
+def test_a_config_of_an_earlier_version_reads_back():
+  cfg = config.from_dict(shapes.get_config())
+  raw = json.loads(config.to_json(cfg))
+  for path in saved_config.ADDED:
+    *parents, name = path.split('.')
+    section = raw
+    for parent in parents:
+      section = section[parent]
+    del section[name]
+  assert saved_config.build(raw) == cfg
+  raw['model']['moe'] = None  # A dense model has no such section to fill.
+  assert saved_config.build(raw).model.moe is None
+  del raw['model']['remat']
+  with pytest.raises(config.UserError, match="config.model lacks .*'remat'"):
+    saved_config.build(raw)
 
 
 def test_derived_paths_follow_the_run_directory_and_the_seed():

@@ -18,6 +18,7 @@ FILES = {
 _FOUNDATION = (
     'trees',
     'config',
+    'saved_config',
     'run_folder',
     'devices',
     'sharding',
@@ -27,10 +28,11 @@ _FOUNDATION = (
 LAYERS = {
     'trees': (),
     'config': ('trees',),
+    'saved_config': ('config',),
     'run_folder': ('config',),
     'devices': ('config',),
     'sharding': ('config', 'devices'),
-    'checkpoint': ('config', 'trees', 'run_folder'),
+    'checkpoint': ('config', 'saved_config', 'trees', 'run_folder'),
     'backbones': ('config',),
     'data': ('config', 'run_folder'),
     'model': ('config', 'trees'),

@@ -10,7 +10,7 @@ from etils import epath
 import jax
 import numpy as np
 
-from moellava_jax import checkpoint, config, sharding, trees
+from moellava_jax import checkpoint, config, saved_config, sharding, trees
 from moellava_jax.data import pipeline, sources
 from moellava_jax.train import (
     about,
@@ -102,19 +102,19 @@ def _unfinished(cfg: config.TrainConfig) -> dict[str, str]:
   todo = {}
   for stage in cfg.stages:
     if (final := checkpoint.final_of(cfg.workdir, stage)) is not None:
-      saved = config.from_json((final / 'config.json').read_text())
+      saved = saved_config.read((final / 'config.json').read_text())
       _check_same(saved, cfg, stage, str(final))
       continue
     todo[stage] = ''
     if (latest := checkpoint.latest_meta(cfg.workdir, stage)) is not None:
       path, meta = latest
       todo[stage] = path
-      _check_same(config.from_dict(meta['config']), cfg, stage, path)
+      _check_same(saved_config.build(meta['config']), cfg, stage, path)
     elif len(todo) == 1:
       origin = init.source(cfg, stage) or ''
       previous = init.predecessor(cfg, stage)
       if previous and origin == str(checkpoint.final_of(cfg.workdir, previous)):
-        saved = config.from_json(
+        saved = saved_config.read(
             (epath.Path(origin) / 'config.json').read_text()
         )
         _check_same(saved, cfg, previous, origin)
