@@ -51,6 +51,7 @@ class Page:
   subtitle: str
   absent: tuple[str, ...]
   results: tuple[Table, ...]
+  scores: tuple[Figure, ...]
   training: tuple[Table, ...]
   losses: tuple[Figure, ...]
   routing: tuple[Table, ...]
@@ -185,8 +186,9 @@ summary { cursor: pointer; font-weight: 600; padding: 6px 0; }
 {% endfor %}
 </ul></div>
 {% endif %}
-{% if page.results %}
+{% if page.results or page.scores %}
 <h2>Results</h2>
+{% for f in page.scores %}{{ figure(f) }}{% endfor %}
 {% for t in page.results %}{{ table(t) }}{% endfor %}
 {% endif %}
 {% if page.training or page.losses %}

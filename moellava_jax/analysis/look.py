@@ -5,6 +5,7 @@ matplotlib is imported on the first figure, without pyplot, so nothing needs a
 display and no figure outlives its caller.
 """
 
+from collections.abc import Sequence
 import io
 import math
 from typing import Any
@@ -23,9 +24,10 @@ COLOURS = (
     '#000000',
     '#F0E442',
 )
-# Colour alone does not tell more than eight experts apart.
+# What tells experts apart where colours are not seen, or not enough of them.
 LINE_STYLES = ('-', '--', ':', '-.')
-HATCHES = (None, '//', 'xx', '..')
+HATCHES = (None, '///', '...', '\\\\\\', 'xxx', '---', 'ooo', '+++')
+MARKERS = ('o', 's', '^', 'D', 'v', 'P', 'X', '*')
 INK = '#333333'
 SHARPNESS = 1.5  # Pixels of a PNG per pixel of the page, for fine screens.
 _CSS_DPI = 96
@@ -33,9 +35,25 @@ _CSS_DPI = 96
 
 def png(figure) -> bytes:
   """The figure as PNG, to be shown `SHARPNESS` times smaller."""
+  _settle(figure)
   buffer = io.BytesIO()
   figure.savefig(buffer, format='png', dpi=SHARPNESS * _CSS_DPI)
   return buffer.getvalue()
+
+
+def svg(figure) -> bytes:
+  """The figure as SVG, letters as outlines, so that it needs no font."""
+  _settle(figure)
+  buffer = io.BytesIO()
+  figure.savefig(buffer, format='svg', metadata={'Date': None})
+  return buffer.getvalue()
+
+
+def _settle(figure) -> None:
+  """Keeps the layout for other formats: to find it takes as long as to draw."""
+  if figure.get_layout_engine() is not None:
+    figure.draw_without_rendering()
+    figure.set_layout_engine('none')
 
 
 def grid(count: int, columns: int, width: float, height: float):
@@ -66,22 +84,21 @@ def label(ax, title: str, x: str, y: str) -> None:
   ax.set_axisbelow(True)
 
 
-def legend(
-    figure, names: list[str], lines: bool, hatched: tuple[int, ...] = ()
-) -> None:
+def legend(figure, names: list[str], lines: bool) -> None:
   """One legend for all panels, below them, where it covers no data."""
   from matplotlib import lines as mpl_lines
   from matplotlib import patches
 
   if lines:
     handles = [
-        mpl_lines.Line2D([], [], lw=2, **style(i)) for i in range(len(names))
+        mpl_lines.Line2D([], [], lw=2, ms=6, marker=marker(i), **style(i))
+        for i in range(len(names))
     ]
   else:
     handles = [
         patches.Patch(
             fc=style(i)['color'],
-            hatch='//' if i in hatched else hatch(i),
+            hatch=hatch(i),
             ec='white',
         )
         for i in range(len(names))
@@ -93,6 +110,27 @@ def legend(
       ncols=min(len(names), 8),
       frameon=False,
       fontsize=9.5,
+  )
+
+
+def curve(
+    ax, x_N: np.ndarray, raw_N: np.ndarray | None, smooth_N: np.ndarray, i: int
+) -> None:
+  """Curve number `i` of a panel: its steps faint, its running mean bold."""
+  drawn = style(i)
+  # Markers of curves that run together lie at different steps.
+  every = max(1, len(x_N) // 6)
+  if raw_N is not None:
+    ax.plot(x_N, raw_N, alpha=0.2, lw=0.7, color=drawn['color'])
+  ax.plot(
+      x_N,
+      smooth_N,
+      lw=1.7,
+      marker=marker(i),
+      ms=5,
+      mec='white',
+      markevery=(i * every // 6 % every, every),
+      **drawn,
   )
 
 
@@ -110,6 +148,36 @@ def level(ax, height: float, text: str, style: str, above: bool) -> None:
   )
 
 
+def colour_bar(figure, axes, drawn, unit: str) -> None:
+  """The scale of the maps of some panels, right of them."""
+  rows = len({ax.get_subplotspec().rowspan.start for ax in axes})
+  bar = figure.colorbar(
+      drawn,
+      ax=list(axes),
+      shrink=0.95 if rows == 1 else 0.7,
+      aspect=12 + 8 * (rows - 1),
+      pad=0.02,
+  )
+  bar.set_label(unit, fontsize=9.5, color=INK)
+  bar.ax.tick_params(labelsize=9, colors=INK)
+  bar.outline.set_visible(False)
+
+
+def layer_axis(ax, layers: Sequence[int], most: int) -> None:
+  """Numbers layers below places 0, 1, ..., at most about `most` of them."""
+  every = -(-len(layers) // most)
+  places = range(0, len(layers), every)
+  ax.set_xticks(places, [str(layers[n]) for n in places])
+  ax.set_xticks(range(len(layers)), minor=True)
+  ax.set_xlim(-0.6, len(layers) - 0.4)
+
+
+def from_zero(ax, top: float) -> None:
+  """Limits of a percentage whose curve may lie on 0 and be seen there."""
+  top = max(top, 1.0)
+  ax.set_ylim(-0.04 * top, 1.15 * top)
+
+
 def log_if_wide(ax, values_N: np.ndarray) -> None:
   """A logarithmic y axis with plain numbers if values span a factor of 20."""
   from matplotlib import ticker
@@ -123,8 +191,16 @@ def log_if_wide(ax, values_N: np.ndarray) -> None:
 
 
 def hatch(i: int) -> str | None:
-  """The pattern of bars of expert number `i`."""
-  return HATCHES[i // len(COLOURS) % len(HATCHES)]
+  """The pattern of bars of expert number `i`.
+
+  Patterns shift against colours, so that both together repeat after 64.
+  """
+  return HATCHES[(i + 3 * (i // len(COLOURS))) % len(HATCHES)]
+
+
+def marker(i: int) -> str:
+  """The marker of expert, layer or run number `i`; shifted as `hatch` is."""
+  return MARKERS[(i + 3 * (i // len(COLOURS))) % len(MARKERS)]
 
 
 def style(i: int) -> dict[str, Any]:

@@ -3,11 +3,19 @@
 
 from collections.abc import Mapping
 import json
-import math
 from typing import Any
 
 from moellava_jax import config
-from moellava_jax.analysis import html, look, plots, run_files, samples
+from moellava_jax.analysis import (
+    exhibits,
+    html,
+    look,
+    plots,
+    routing_exhibits,
+    routing_page,
+    run_files,
+    samples,
+)
 from moellava_jax.analysis import results as results_lib
 from moellava_jax.evals import shapes
 
@@ -25,16 +33,20 @@ def build(run: run_files.Run, results: Mapping[str, Any]) -> html.Page:
       )
       if value is not None
   ]
+  experts, absent = _expert_figures(run, results)
   tables = (score_table(results), _pope_table(results))
   return html.Page(
       title=f'Training report: {run.path.resolve().name}',
       subtitle=', '.join(facts),
-      absent=run.absent,
+      absent=(*run.absent, *absent),
       results=tuple(t for t in tables if t.rows),
+      scores=(),
       training=tuple(t for t in (_stage_table(run),) if t.rows),
       losses=_loss_figures(run),
-      routing=tuple(t for t in (_routing_table(run),) if t.rows),
-      experts=_expert_figures(run, results),
+      routing=()
+      if run.counts is None
+      else (routing_page.table(run.counts, run.routing),),
+      experts=experts,
       samples=samples.choose(samples.collect(run), _SAMPLES, _WRONG_SAMPLES),
       images=run.path / 'data',
       commands=run_files.commands(run),
@@ -98,11 +110,15 @@ def _stage_table(run: run_files.Run) -> html.Table:
             f'{row["steps"]:,}',
             f'{max(counts, default=0):,}',
             f'{row["seconds"]:,.1f}',
+            _count(results_lib.tokens(run, stage)),
+            _count(results_lib.tokens_per_s(run, stage)),
         )
     )
   return html.Table(
       'Activated parameters are those that one token passes through. Skipped'
-      ' steps had a loss or gradient that was not finite.',
+      ' steps had a loss or gradient that was not finite. Tokens per second are'
+      ' the median over the steps, without compilation; seconds have everything'
+      ' that a stage does.',
       (
           'stage',
           'trained parameters',
@@ -111,35 +127,10 @@ def _stage_table(run: run_files.Run) -> html.Table:
           'steps',
           'skipped',
           'seconds',
+          'tokens',
+          'tokens/s',
       ),
       tuple(rows),
-  )
-
-
-def _routing_table(run: run_files.Run) -> html.Table:
-  routing = run.routing
-  if not routing:
-    return html.Table('', (), ())
-  return html.Table(
-      'Measured on the evaluation questions. The entropy of the router is 0'
-      ' where it is certain and'
-      f' {math.log(routing["num_experts"]):.2f} where it does not tell experts'
-      ' apart; an expert distance of 0 means that the experts are still'
-      f' copies. The loss is {routing["loss"]:.4f} nats, and'
-      f' {routing["loss_shuffled_experts"]:.4f} when tokens are sent to other'
-      ' experts than the router chose: the closer, the less the experts have'
-      ' specialised.',
-      ('MoE layer', 'dropped (%)', 'entropy (nats)', 'expert distance'),
-      tuple(
-          (str(layer), percent(drop), f'{entropy:.3f}', f'{distance:.4f}')
-          for layer, drop, entropy, distance in zip(
-              routing['layers'],
-              routing['drop_rate'],
-              routing['entropy'],
-              routing['expert_distance'],
-              strict=True,
-          )
-      ),
   )
 
 
@@ -161,27 +152,15 @@ def _loss_figures(run: run_files.Run) -> tuple[html.Figure, ...]:
 
 def _expert_figures(
     run: run_files.Run, results: Mapping[str, Any]
-) -> tuple[html.Figure, ...]:
-  figures = []
-  if rows := run.moe_rows:
-    figures += [
-        html.Figure(
-            'Load balancing during stage moe',
-            'Left: about 1.0 where all experts of a layer are used evenly;'
-            ' more is less even. Right: choices dropped because an expert was full;'
-            ' a dropped choice leaves the token to its other expert, or to'
-            ' none. Faint: each step; bold: running mean.',
-            look.png(plots.moe_training(rows)),
-        ),
-        html.Figure(
-            'Expert load during stage moe',
-            "Share of the tokens' choices that each expert receives. Lines"
-            ' near the dashed one (even use) are balanced; a line that falls to'
-            ' zero is an expert that dies.',
-            look.png(plots.load_over_steps(rows)),
-        ),
-    ]
-  if load_LE := results.get('expert_load'):
+) -> tuple[tuple[html.Figure, ...], tuple[str, ...]]:
+  """Figures of routing, and why some are absent."""
+  shown = exhibits.of_training(run.moe_rows)
+  figures = [exhibits.on_page(exhibit) for exhibit in shown]
+  absent: list[str] = []
+  if run.counts is not None:
+    shown, absent = routing_exhibits.of_counts(run.counts)
+    figures += [exhibits.on_page(exhibit) for exhibit in shown]
+  elif load_LE := results.get('expert_load'):
     layers = run.routing.get('layers', run.moe_layers)
     source = 'the evaluation questions' if run.routing else 'the last steps'
     figures.append(
@@ -192,24 +171,11 @@ def _expert_figures(
             look.png(plots.expert_load(layers, load_LE)),
         )
     )
-  if run.routing:
-    figures.append(
-        html.Figure(
-            'Image and text tokens per expert',
-            'Of all choices of image tokens (and of text tokens), the share'
-            ' that goes to each expert; bars of one colour add up to 100 % in'
-            ' a layer. Pairs of different height are experts that prefer one'
-            ' modality; the dashed line is even use.',
-            look.png(
-                plots.modality_split(
-                    run.routing['layers'],
-                    run.routing['expert_load_image'],
-                    run.routing['expert_load_text'],
-                )
-            ),
-        )
-    )
-  return tuple(figures)
+  return tuple(figures), tuple(absent)
+
+
+def _count(value: float | None) -> str:
+  return '–' if value is None else f'{value:,.0f}'
 
 
 def percent(value: float | None) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables to figures: losses, and where the experts' tokens come from.
+"""Training to figures: losses, balance and load over the steps.
 
 Every function takes plain rows or arrays and returns a matplotlib `Figure`;
 none reads a file.
@@ -8,6 +8,7 @@ Letters: L MoE layers, E experts, N steps.
 """
 
 from collections.abc import Mapping, Sequence
+import math
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ import numpy as np
 from moellava_jax.analysis import look
 
 RARE = 0.05  # An expert below this share of its layer is hardly used.
+_CURVES = 8  # More in a panel are not told apart: a map shows them.
+_PIXELS = 300  # Steps that a map shows.
 
 Row = Mapping[str, Any]
 
@@ -59,57 +62,115 @@ def loss_curves(rows_by_stage: Mapping[str, Sequence[Row]]):
 
 
 def moe_training(rows: Sequence[Row]):
-  """Load-balancing loss and drop rate of every MoE layer over the steps.
+  """Load-balancing loss, drop rate and entropy of every MoE layer.
+
+  Curves, or maps of many layers. The panel of the entropy is left out where it
+  was not logged.
 
   Args:
     rows: rows of `metrics.jsonl`; those without `moe` are left out.
   """
   rows = [row for row in rows if row.get('moe')]
   layers = _layers(rows)
-  figure, axes = look.grid(2, columns=2, width=5.2, height=3.0)
+  panels = [
+      ('aux_loss', 1, 'load-balancing loss', 'loss (before its weight)'),
+      ('drop_rate', 100, 'dropped choices', 'share of all choices (%)'),
+      ('entropy', 1, 'entropy of the router', 'entropy (nats)'),
+  ]
+  first = rows[0]['moe'][layers[0]]
+  panels = [panel for panel in panels if panel[0] in first]
+  if len(layers) > _CURVES:
+    return _training_maps(rows, layers, panels)
+  figure, axes = look.grid(len(panels), 3, 3.3, 2.8)
   step_N = _series(rows, 'step')
-  for key, ax, factor in (
-      ('aux_loss', axes[0], 1),
-      ('drop_rate', axes[1], 100),
-  ):
+  for ax, (key, factor, title, unit) in zip(axes, panels, strict=True):
     for i, layer in enumerate(layers):
       value_N = factor * _series([row['moe'][layer] for row in rows], key)
-      style = look.style(i)
-      ax.plot(step_N, value_N, alpha=0.25, lw=0.7, color=style['color'])
-      ax.plot(step_N, smooth(value_N, window(len(rows))), lw=1.8, **style)
-  look.label(axes[0], 'load-balancing loss', 'step', 'loss (before its weight)')
-  look.label(axes[1], 'dropped choices', 'step', 'share of all choices (%)')
-  axes[1].set_ylim(bottom=0)
+      look.curve(ax, step_N, value_N, smooth(value_N, window(len(rows))), i)
+    look.label(ax, title, 'step', unit)
+    if key == 'drop_rate':
+      look.from_zero(ax, ax.dataLim.y1)
+    if key == 'entropy':
+      num_experts = len(first['load'])
+      even = math.log(num_experts)
+      look.level(ax, even, f'ln {num_experts}', '--', above=False)
   look.legend(figure, [f'layer {n}' for n in layers], lines=True)
   return figure
+
+
+def _training_maps(rows, layers, panels):
+  figure, axes = look.grid(len(panels), 1, 9.6, 1.4 + 0.07 * len(layers))
+  step_N = _series(rows, 'step')
+  for ax, (key, factor, title, unit) in zip(axes, panels, strict=True):
+    value_NL = factor * np.stack(
+        [_series([row['moe'][n] for row in rows], key) for n in layers], 1
+    )
+    top = max(float(np.nanmax(value_NL)), 1.0) if key == 'drop_rate' else None
+    drawn = _map(ax, step_N, value_NL, top)
+    look.label(ax, title, 'step', 'MoE layer')
+    ax.grid(False)
+    every = -(-len(layers) // 8)
+    ax.set_yticks(range(0, len(layers), every), layers[::every])
+    look.colour_bar(figure, [ax], drawn, unit)
+  return figure
+
+
+def _map(ax, step_N: np.ndarray, value_NR: np.ndarray, top: float | None):
+  """Steps to the right, rows upwards, the running mean as brightness."""
+  steps = len(step_N)
+  smooth_NR = np.stack([smooth(v_N, window(steps)) for v_N in value_NR.T], 1)
+  shown = smooth_NR[:: max(1, steps // _PIXELS)].T
+  drawn = ax.imshow(
+      shown,
+      cmap='cividis',
+      aspect='auto',
+      origin='lower',
+      interpolation='nearest',
+      extent=(step_N[0], step_N[-1] + 1, -0.5, len(shown) - 0.5),
+      vmin=None if top is None else 0,
+      vmax=top,
+  )
+  return drawn
 
 
 def load_over_steps(rows: Sequence[Row]):
   """One panel per MoE layer: the share of every expert over the steps.
 
+  Curves, or maps of many experts.
+
   Args:
     rows: rows of `metrics.jsonl`; those without `moe` are left out.
   """
   rows = [row for row in rows if row.get('moe')]
   layers = _layers(rows)
-  figure, axes = look.grid(len(layers), columns=3, width=3.6, height=2.6)
-  step_N, top = _series(rows, 'step'), 0.0
-  for ax, layer in zip(axes, layers, strict=True):
-    load_NE = np.array([row['moe'][layer]['load'] for row in rows], float)
-    top = max(top, 108 * np.nanmax(load_NE))
-    num_experts = load_NE.shape[1]
-    for e in range(num_experts):
-      load_N = 100 * load_NE[:, e]
-      style = look.style(e)
-      ax.plot(step_N, load_N, alpha=0.2, lw=0.7, color=style['color'])
-      ax.plot(step_N, smooth(load_N, window(len(rows))), lw=1.6, **style)
+  columns = 3 if len(layers) <= 9 else 4
+  width = min(9.6 / min(columns, len(layers)), 4.4)
+  figure, axes = look.grid(len(layers), columns, width, 2.5)
+  step_N = _series(rows, 'step')
+  load_LNE = 100 * np.array(
+      [[row['moe'][layer]['load'] for row in rows] for layer in layers], float
+  )
+  num_experts = load_LNE.shape[-1]
+  top, drawn = 1.08 * float(np.nanmax(load_LNE)), None
+  for ax, layer, load_NE in zip(axes, layers, load_LNE, strict=True):
+    if num_experts > _CURVES:
+      drawn = _map(ax, step_N, load_NE, top)
+      look.label(ax, f'layer {layer}', 'step', 'expert')
+      ax.set_yticks(range(0, num_experts, 1 + num_experts // 9))
+      ax.grid(False)
+      continue
+    for e, load_N in enumerate(load_NE.T):
+      look.curve(ax, step_N, load_N, smooth(load_N, window(len(rows))), e)
     ax.axhline(
         100 / num_experts, color=look.INK, lw=1, ls=(0, (4, 3)), zorder=1
     )
     look.label(ax, f'layer {layer}', 'step', 'share of choices (%)')
-  for ax in axes:
     ax.set_ylim(0, top)
-  look.legend(figure, [f'expert {e}' for e in range(num_experts)], lines=True)
+  if drawn is not None:
+    look.colour_bar(figure, axes, drawn, 'share of choices (%)')
+  else:
+    names = [f'expert {e}' for e in range(num_experts)]
+    look.legend(figure, names, lines=True)
   return figure
 
 
@@ -141,39 +202,6 @@ def expert_load(layers: Sequence[int], load_LE: np.ndarray):
       ax, '', 'MoE layer (number in the decoder)', 'share of choices (%)'
   )
   look.legend(figure, [f'expert {e}' for e in range(num_experts)], lines=False)
-  return figure
-
-
-def modality_split(
-    layers: Sequence[int], image_LE: np.ndarray, text_LE: np.ndarray
-):
-  """One panel per layer: each expert's share of image and of text tokens."""
-  image_LE, text_LE = (100 * np.asarray(a, float) for a in (image_LE, text_LE))
-  num_experts = image_LE.shape[1]
-  figure, axes = look.grid(len(layers), columns=3, width=3.6, height=2.6)
-  x_E = np.arange(num_experts)
-  top = 1.12 * np.nanmax([image_LE, text_LE])
-  for ax, layer, image_E, text_E in zip(
-      axes, layers, image_LE, text_LE, strict=True
-  ):
-    ax.bar(x_E - 0.2, image_E, 0.38, color=look.COLOURS[0])
-    # The hatch tells the two apart in print without colour.
-    ax.bar(
-        x_E + 0.2,
-        text_E,
-        0.38,
-        color=look.COLOURS[1],
-        hatch='//',
-        ec='white',
-        lw=0,
-    )
-    ax.axhline(100 / num_experts, color=look.INK, lw=1, ls=(0, (4, 3)))
-    ax.set_xticks(x_E[:: 1 + num_experts // 11])  # Two digits need room.
-    ax.set_ylim(0, top)
-    look.label(ax, f'layer {layer}', 'expert', 'share of choices (%)')
-  look.legend(
-      figure, ['image tokens', 'text tokens'], lines=False, hatched=(1,)
-  )
   return figure
 
 

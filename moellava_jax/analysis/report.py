@@ -4,19 +4,19 @@
   python -m moellava_jax.analysis.report --runs RUN [RUN2 ...]
 
 reads only files (`run_files` lists them), needs no accelerator and takes
-seconds. With several runs it also prints mean and sample standard deviation.
+seconds. Several runs are also compared: mean and sample standard deviation are
+printed, and OUT/comparison.html shows their curves and how they differ.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 import json
-import math
 import pathlib
 import sys
 from typing import Any
 
 from absl import app, flags
 
-from moellava_jax.analysis import html, page, run_files
+from moellava_jax.analysis import comparison, html, page, run_files
 from moellava_jax.analysis import results as results_lib
 
 
@@ -35,25 +35,6 @@ def write(path: pathlib.Path) -> tuple[run_files.Run, dict[str, Any]]:
   return run, results
 
 
-def comparison_table(many: Sequence[Mapping[str, Any]]) -> html.Table:
-  """Mean and sample standard deviation of every headline metric."""
-  rows = []
-  for name, (mean, deviation, count) in results_lib.compare(many).items():
-    share = not name.startswith('seconds') and name.split('.')[-1] not in (
-        'loss',
-        'loss_shuffled_experts',
-    )
-    scale, digits = (100, 1) if share else (1, 3)
-    spread = '' if math.isnan(deviation) else f'{scale * deviation:.{digits}f}'
-    unit = '%' if share else 's' if name.startswith('seconds') else 'nats'
-    rows.append((name, f'{scale * mean:.{digits}f}', spread, unit, str(count)))
-  return html.Table(
-      'Mean and sample standard deviation over runs.',
-      ('metric', 'mean', '+-', 'unit', 'runs'),
-      tuple(rows),
-  )
-
-
 def main(argv: Sequence[str]) -> int:
   given = [*flags.FLAGS.runs, *argv[1:]]
   if not given or any(name.startswith('-') for name in given):
@@ -63,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
   paths = [pathlib.Path(name) for name in given]
   if len({path.resolve() for path in paths}) < len(paths):
     raise app.UsageError(f'--runs names a directory twice: {given}.')
-  many = []
+  runs, many = [], []
   for path in paths:
     try:
       run, results = write(path)
@@ -74,10 +55,16 @@ def main(argv: Sequence[str]) -> int:
     for line in run.absent:
       print(f'absent: {line}')
     print(f'results: {path / "results.json"}\nreport: {path / "report.html"}')
+    runs.append(run)
     many.append(results)
   if len(many) > 1:
     seeds = ', '.join(str(results.get('seed', '?')) for results in many)
-    _show(f'{len(many)} runs, seeds {seeds}', comparison_table(many))
+    out = pathlib.Path(flags.FLAGS.out or comparison.folder(paths))
+    comparison.write(runs, many, out)
+    compared = results_lib.compare(many)
+    # On a terminal there is no room for a column per run.
+    _show(f'{len(many)} runs, seeds {seeds}', comparison.table([], compared))
+    print(f'comparison: {out / "comparison.html"}')
   return 0
 
 
@@ -99,6 +86,12 @@ def _show(title: str, table: html.Table) -> None:
 
 
 def define_flags() -> None:
+  flags.DEFINE_string(
+      'out',
+      None,
+      'Directory of the comparison of several runs. Unset: the one that they'
+      ' all lie in.',
+  )
   flags.DEFINE_multi_string(
       'runs', [], 'Run directories: `--runs A B` or `--runs=A --runs=B`.'
   )

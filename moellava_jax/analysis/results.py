@@ -4,7 +4,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 import math
 import statistics
-from typing import Any
+from typing import Any, NamedTuple
 
 from moellava_jax.analysis import run_files
 from moellava_jax.evals import base, pope, shapes
@@ -86,6 +86,7 @@ def collect(run: run_files.Run) -> dict[str, Any]:
   out['expert_load'] = run.routing.get('expert_load', _last_load(run))
   for key in ('expert_distance', 'loss', 'loss_shuffled_experts'):
     out[_STAGE_KEYS[run_files.FINAL]][key] = run.routing.get(key)
+  out['tokens_per_s'] = {s: tokens_per_s(run, s) for s in run.metrics}
   out['seconds'] = {s: row.get('seconds') for s, row in run.stages.items()}
   out['seed'] = run.seed
   out['revision'] = run.environment.get('revision')
@@ -93,26 +94,52 @@ def collect(run: run_files.Run) -> dict[str, Any]:
   return _without_none(out)
 
 
-def compare(
-    many: Sequence[Mapping[str, Any]],
-) -> dict[str, tuple[float, float, int]]:
-  """Metric -> (mean, sample standard deviation, runs that have it).
+def tokens(run: run_files.Run, stage: str) -> int | None:
+  """Tokens that a stage was trained on, prompts and patches among them."""
+  found = [
+      row['tokens'] for row in run.metrics.get(stage, ()) if 'tokens' in row
+  ]
+  return sum(found) if found else None
 
-  The deviation of a single value is NaN. Metrics are named by their path in
-  results.json, such as `exact_match.count`.
+
+def tokens_per_s(run: run_files.Run, stage: str) -> float | None:
+  """Median over the steps, so that compilation and checkpoints do not count."""
+  rows = run.metrics.get(stage, ())
+  found = [row['tokens_per_s'] for row in rows if 'tokens_per_s' in row]
+  return statistics.median(found) if found else None
+
+
+class Spread(NamedTuple):
+  """A metric of several runs."""
+
+  values: tuple[float | None, ...]  # By run; None: it does not have it.
+  mean: float
+  deviation: float  # Sample standard deviation; NaN for a single value.
+  count: int
+
+
+def compare(many: Sequence[Mapping[str, Any]]) -> dict[str, Spread]:
+  """Headline metrics of several results.json.
+
+  They are named by their path in results.json, such as `exact_match.count`.
   """
-  values: dict[str, list[float]] = {}
-  for result in many:
-    for name, value in _headline(result):
-      values.setdefault(name, []).append(value)
-  return {
-      name: (
-          statistics.mean(v),
-          statistics.stdev(v) if len(v) > 1 else float('nan'),
-          len(v),
-      )
-      for name, v in values.items()
-  }
+  found = [dict(_headline(result)) for result in many]
+  names = list(dict.fromkeys(name for one in found for name in one))
+  compared = {}
+  for name in names:
+    values = tuple(one.get(name) for one in found)
+    v = [value for value in values if value is not None]
+    deviation = statistics.stdev(v) if len(v) > 1 else float('nan')
+    compared[name] = Spread(values, statistics.mean(v), deviation, len(v))
+  return compared
+
+
+def unit(name: str) -> str:
+  """Unit of a metric of `compare`; '%': its values are parts of 1."""
+  if name.startswith(('seconds', 'tokens_per_s')):
+    return 's' if name.startswith('seconds') else 'tokens/s'
+  losses = ('loss', 'loss_shuffled_experts')
+  return 'nats' if name.split('.')[-1] in losses else '%'
 
 
 def _last_load(run: run_files.Run) -> list[list[float]] | None:
@@ -134,7 +161,13 @@ def _headline(result: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
   for category, score in pope_categories(result).items():
     for metric in ('accuracy', 'f1'):
       yield f'pope.{category}.{metric}', score[metric]
-  sections = ('exact_match', *_STAGE_KEYS.values(), 'controls', 'seconds')
+  sections = (
+      'exact_match',
+      *_STAGE_KEYS.values(),
+      'controls',
+      'tokens_per_s',
+      'seconds',
+  )
   for section in sections:
     for path, value in _leaves(result.get(section, {}), section):
       if not isinstance(value, list):

@@ -14,23 +14,35 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moellava_jax import sharding, trees
+from moellava_jax import config, sharding, trees
+from moellava_jax.analysis import counts as counts_lib
+from moellava_jax.analysis import tally
 from moellava_jax.data import batch as batch_lib
 from moellava_jax.data import pipeline, sources, templates
 from moellava_jax.evals import base
 from moellava_jax.infer import chat as chat_lib
 
+# Positions of a batch: their logits over the vocabulary are held at once.
+_POSITIONS, _ROWS = 16384, 64
 
-class DenseModelError(ValueError):
+
+class DenseModelError(config.UserError):
   """The model has no experts."""
 
 
-class Measured(NamedTuple):
-  """Sums over conversations."""
+class Forward(NamedTuple):
+  """What a batch says. L counts sparse layers, k choices.
 
-  loss: jax.Array  # Of the answers' tokens.
-  targets: jax.Array
-  layers: tuple[Any, ...]  # `MoeStats` of each sparse layer.
+  The arrays are of jax, or of numpy once they are on the host.
+  """
+
+  loss: Any  # float32, sum over the answers' tokens, nats.
+  targets: Any  # float32, their number.
+  is_token_BT: Any  # bool, False: padding.
+  is_image_BT: Any  # bool.
+  choice_LBTk: Any  # int32.
+  kept_LBTk: Any  # bool.
+  entropy_LBT: Any  # float32, of the router, nats.
 
 
 def conversations(questions: Sequence[base.Question]) -> list[sources.Row]:
@@ -59,10 +71,7 @@ def conversations(questions: Sequence[base.Question]) -> list[sources.Row]:
 
 
 def batches(
-    chat: chat_lib.Chat,
-    rows: list[sources.Row],
-    images_root: str,
-    batch_size: int,
+    chat: chat_lib.Chat, rows: list[sources.Row], images_root: str
 ) -> Iterator[batch_lib.Batch]:
   """Static batches of all rows, in order."""
   stage = chat.config.stage(chat.stage)
@@ -76,28 +85,22 @@ def batches(
       ),
   )
   examples = pipeline.Examples(rows, images_root, fmt, chat.tokenizer)
+  size = min(_ROWS, max(_POSITIONS // examples.format.length, 1))
+  each = sharding.batch_divisor(chat.mesh)
+  size = -(-size // each) * each
   yield from pipeline.eval_batches(
-      examples, batch_size, len(rows), share=np.arange(batch_size)
+      examples, size, len(rows), share=np.arange(size)
   )
 
 
-def measure(
-    chat: chat_lib.Chat, params: Any, data: Sequence[batch_lib.Batch], program
-) -> Measured:
-  """Runs `program` on all batches and adds up loss and routing."""
-  with sharding.use(chat.mesh):
-    parts = [
-        jax.device_get(program(params, sharding.put_batch(batch, chat.mesh)))
-        for batch in data
-    ]
-  return jax.tree.map(lambda *x: np.sum(x, axis=0, dtype=np.float64), *parts)
-
-
-def make_program(chat: chat_lib.Chat):
-  """Jitted (params, batch) -> `Measured`."""
+def make_program(model: Any):
+  """Jitted (params, batch) -> `Forward`, for a sparse `Llava`."""
+  cfg = model.cfg
+  assert cfg.moe is not None
+  sparse = cfg.moe.layer_ids(cfg.llm.depth)
 
   def one(params, batch):
-    out: Any = chat.model.apply(
+    applied: Any = model.apply(
         {'params': params},
         batch.tokens_BT,
         batch.segment_ids_BT,
@@ -105,18 +108,39 @@ def make_program(chat: chat_lib.Chat):
         batch.images_BIHWC,
         train=False,
         rngs={'router': jax.random.key(0)},
+        mutable=['diagnostics'],
     )
+    out, sown = applied
     log_BTV = jax.nn.log_softmax(out.logits_BTV)
     chosen_BT1 = jnp.take_along_axis(
         log_BTV, batch.targets_BT[..., None], axis=-1
     )
-    return Measured(
+    of_layers = sown['diagnostics']['llm']
+    seen = [of_layers[f'layers_{n}']['moe']['routing'][0] for n in sparse]
+    log_LBTE = jax.nn.log_softmax(jnp.stack([s.logits_BTE for s in seen]))
+    return Forward(
         -jnp.sum(chosen_BT1[..., 0] * batch.loss_weight_BT),
         jnp.sum(batch.loss_weight_BT),
-        tuple(aux.stats for aux in out.moe),
+        batch.segment_ids_BT > 0,
+        batch.tokens_BT == config.IMAGE_TOKEN,
+        jnp.stack([s.choice_BTk for s in seen]),
+        jnp.stack([s.kept_BTk for s in seen]),
+        -jnp.sum(jnp.exp(log_LBTE) * log_LBTE, axis=-1),
     )
 
   return jax.jit(one)
+
+
+def tokens(forward: Forward) -> tally.Tokens:
+  """The real tokens of a batch that is on the host."""
+  real_BT = forward.is_token_BT
+  return tally.Tokens(
+      int(real_BT.any(1).sum()),
+      forward.is_image_BT[real_BT],
+      forward.choice_LBTk[:, real_BT],
+      forward.kept_LBTk[:, real_BT],
+      forward.entropy_LBT[:, real_BT],
+  )
 
 
 def shuffle_experts(params: Any) -> Any:
@@ -149,54 +173,68 @@ def expert_distance(params: Any) -> dict[int, float]:
   return distances
 
 
-def summarise(
-    chat: chat_lib.Chat, rows: list[sources.Row], images_root: str
-) -> dict[str, Any]:
-  """The content of `routing.json`.
+def require_experts(cfg: config.ModelConfig, name: str, stage: str) -> None:
+  """Raises DenseModelError for a model that routes nothing."""
+  if cfg.moe is None:
+    raise DenseModelError(
+        f'{name} is the dense model of stage {stage!r}: it routes nothing, so'
+        ' there is nothing to show. Give a checkpoint of stage moe.'
+    )
 
-  Loads are shares of all k assignments of a layer; entropy is in nats; losses
-  are means over the tokens of the answers.
+
+def measure(
+    chat: chat_lib.Chat, rows: list[sources.Row], images_root: str
+) -> tuple[counts_lib.Counts, dict[str, Any]]:
+  """Runs the conversations: their counts, and what else `routing.json` says.
+
+  Losses are means over the tokens of the answers, in nats.
 
   Raises:
     DenseModelError: the model has no experts.
   """
+  require_experts(chat.model.cfg, chat.name, chat.stage)
   moe = chat.model.cfg.moe
-  if moe is None:
-    raise DenseModelError(
-        f'{chat.name} is the dense model of stage {chat.stage!r}: it routes'
-        ' nothing. Give a checkpoint of stage moe.'
-    )
-  data = list(batches(chat, rows, images_root, batch_size=64))
-  program = make_program(chat)
-  found = measure(chat, chat.params, data, program)
-  shuffled = measure(chat, shuffle_experts(chat.params), data, program)
+  assert moe is not None
+  program = make_program(chat.model)
+  shuffled = shuffle_experts(chat.params)
+  sums = np.zeros(3)  # Loss, loss with shuffled experts, targets.
 
-  def load(modality):
-    counts = [np.sum(s.assigned_ME[modality], axis=0) for s in found.layers]
-    return [(c / max(np.sum(c), 1.0)).tolist() for c in counts]
+  def parts():
+    with sharding.use(chat.mesh):
+      for batch in batches(chat, rows, images_root):
+        placed = sharding.put_batch(batch, chat.mesh)
+        found = jax.device_get(program(chat.params, placed))
+        wrong = program(shuffled, placed).loss
+        sums[:] += (found.loss, float(wrong), found.targets)
+        yield tokens(found)
 
-  def per_layer(fn):
-    return [float(fn(stats)) for stats in found.layers]
-
-  return {
+  layers = moe.layer_ids(chat.model.cfg.llm.depth)
+  counts = tally.tally(layers, moe.num_experts, parts())
+  targets = max(sums[2], 1.0)
+  return counts, {
       'stage': chat.stage,
       'digest': chat.digest,
-      'layers': list(moe.layer_ids(chat.model.cfg.llm.depth)),
-      'num_experts': moe.num_experts,
-      'top_k': moe.top_k,
-      'conversations': len(rows),
-      'expert_load': load(slice(None)),
-      'expert_load_text': load(slice(0, 1)),
-      'expert_load_image': load(slice(1, 2)),
-      'drop_rate': per_layer(
-          lambda s: 1 - np.sum(s.kept_ME) / max(np.sum(s.assigned_ME), 1.0)
-      ),
-      'entropy': per_layer(
-          lambda s: np.sum(s.entropy_M) / max(np.sum(s.tokens_M), 1.0)
-      ),
       'expert_distance': list(expert_distance(chat.params).values()),
-      'loss': float(found.loss / max(found.targets, 1.0)),
-      'loss_shuffled_experts': float(
-          shuffled.loss / max(shuffled.targets, 1.0)
-      ),
+      'loss': sums[0] / targets,
+      'loss_shuffled_experts': sums[1] / targets,
+  }
+
+
+def summary(counts: counts_lib.Counts) -> dict[str, Any]:
+  """The part of `routing.json` that is about counts.
+
+  Loads are shares of all k choices of a layer; entropy is in nats.
+  """
+  entropy_L = counts_lib.entropy_L(counts)
+  return {
+      'layers': list(counts.layers),
+      'num_experts': counts.num_experts,
+      'top_k': counts.top_k,
+      'conversations': counts.conversations,
+      'expert_load': counts_lib.load_LE(counts).tolist(),
+      'expert_load_text': counts_lib.load_LE(counts, 0).tolist(),
+      'expert_load_image': counts_lib.load_LE(counts, 1).tolist(),
+      'drop_rate': counts_lib.drop_rate_L(counts).tolist(),
+      'entropy': None if entropy_L is None else entropy_L.tolist(),
+      'counts': counts_lib.to_json(counts),
   }

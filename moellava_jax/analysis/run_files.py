@@ -17,6 +17,7 @@ import shlex
 from typing import Any
 
 from moellava_jax import config as config_lib
+from moellava_jax.analysis import counts as counts_lib
 from moellava_jax.evals import base, pope, shapes
 
 FINAL = 'moe'
@@ -35,6 +36,7 @@ class Run:
   questions: dict[str, list[base.Question]]  # By benchmark.
   answers: dict[str, dict[str, list[base.Answer]]]  # Name -> by benchmark.
   routing: dict[str, Any]
+  counts: counts_lib.Counts | None  # Of `routing`.
   absent: tuple[str, ...]
 
   @property
@@ -83,16 +85,16 @@ def read(path: pathlib.Path) -> Run:
     )
   stages = tuple(parts['config'].get('stages', config_lib.STAGES))
   answers = _read_answers(path, stages, questions, absent)
-  routing = {}
-  if FINAL in stages:
-    command = routing_command(path)
-    routing = _read_json(path / 'routing' / 'routing.json', command, absent)
+  routing, counts = (
+      _read_routing(path, absent) if FINAL in stages else ({}, None)
+  )
   return Run(
       path=path,
       metrics=metrics,
       questions=questions,
       answers=answers,
       routing=routing,
+      counts=counts,
       absent=tuple(absent),
       **parts,
   )
@@ -192,6 +194,28 @@ def _read_json(
   except ValueError as error:
     raise ValueError(
         f'{path}: not valid JSON ({error}). Remove it and run `{command}`.'
+    ) from error
+
+
+def _read_routing(
+    path: pathlib.Path, absent: list[str]
+) -> tuple[dict[str, Any], counts_lib.Counts | None]:
+  file, command = path / 'routing' / 'routing.json', routing_command(path)
+  routing = _read_json(file, command, absent)
+  if not routing:
+    return {}, None
+  if 'counts' not in routing:
+    absent.append(
+        'routing/routing.json is from an earlier version and has no counts:'
+        f' run `{command}`.'
+    )
+    return routing, None
+  try:
+    return routing, counts_lib.from_json(routing['counts'])
+  except (KeyError, TypeError, ValueError) as error:
+    raise ValueError(
+        f'{file}: "counts" is not what analysis.main writes'
+        f' ({type(error).__name__}: {error}). Remove it and run `{command}`.'
     ) from error
 
 

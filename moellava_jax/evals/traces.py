@@ -44,6 +44,15 @@ class Traced(NamedTuple):
   kept_LTk: np.ndarray
 
 
+class About(NamedTuple):
+  """Whose choices the files of a folder are."""
+
+  layers: tuple[int, ...]
+  num_experts: int
+  digest: str
+  control: str
+
+
 class Counts(NamedTuple):
   """Sums over tokens; M is the modality, 0 text and 1 image."""
 
@@ -120,19 +129,39 @@ def questions(where: pathlib.Path, digest: str, control: str) -> set[int]:
   return found
 
 
+def about(where: str | os.PathLike[str]) -> About:
+  """Whose choices these are.
+
+  Raises:
+    EvalError: there are none, or they are of several models.
+  """
+  found: dict[About, pathlib.Path] = {}
+  for path in _paths(where):
+    with _open(path) as file:
+      key = About(
+          tuple(file['layers_L'].tolist()),
+          int(file['num_experts']),
+          str(file['digest']),
+          str(file['control']),
+      )
+    found.setdefault(key, path)
+  if len(found) > 1:
+    listed = '; '.join(f'{p.name}: {a}' for a, p in found.items())
+    raise base.EvalError(
+        f'{where}: its files are of several models or controls ({listed}).'
+        ' Remove those that do not belong there.'
+    )
+  return next(iter(found))
+
+
 def read(where: str | os.PathLike[str]) -> Iterator[Traced]:
   """The conversations of a folder, each once.
 
   Raises:
     EvalError: there is none, or a file that cannot be read.
   """
-  paths = sorted(pathlib.Path(where).glob('*.npz'))
-  if not paths:
-    raise base.EvalError(
-        f'{where}: no expert choices; write them with --routing_trace.'
-    )
   seen: set[int] = set()
-  for path in paths:
+  for path in _paths(where):
     with _open(path) as file:
       arrays = {name: file[name] for name in file.files}
     ends = np.cumsum(arrays['length_Q'])
@@ -174,6 +203,16 @@ def count(where: str | os.PathLike[str]) -> Counts:
         np.add.at(assigned[layer], (modality_T, choice_T), 1)
         np.add.at(kept[layer], (modality_T, choice_T), kept_T)
   return Counts(layers, tokens_M, assigned, kept)
+
+
+def _paths(where: str | os.PathLike[str]) -> list[pathlib.Path]:
+  """The files of a folder; raises EvalError if there are none."""
+  paths = sorted(pathlib.Path(where).glob('*.npz'))
+  if not paths:
+    raise base.EvalError(
+        f'{where}: no expert choices; write them with --routing_trace.'
+    )
+  return paths
 
 
 def _open(path: pathlib.Path) -> Any:

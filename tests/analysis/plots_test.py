@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Figures draw the numbers they are given, and every label is legible."""
 
-import itertools
-import math
-
 import numpy as np
 import pytest
 
 from moellava_jax.analysis import plots
+from tests.analysis import boxes
 
 
 def _moe_rows(layers, num_experts, steps=30):
@@ -20,6 +18,7 @@ def _moe_rows(layers, num_experts, steps=30):
                   'load': rng.dirichlet(np.ones(num_experts)).tolist(),
                   'aux_loss': 1.1,
                   'drop_rate': 0.02,
+                  'entropy': 0.5,
               }
               for layer in layers
           },
@@ -59,7 +58,7 @@ def test_load_over_steps_follows_each_expert():
 
 
 def test_drop_rate_is_in_percent():
-  _, drops = plots.moe_training(_moe_rows((0,), 4)).axes
+  _, drops, _ = plots.moe_training(_moe_rows((0,), 4)).axes
   np.testing.assert_allclose(drops.get_lines()[0].get_ydata(), 2.0)
 
 
@@ -71,14 +70,30 @@ def test_bars_are_the_loads_with_lines_at_even_use_and_5_percent():
   assert [line.get_ydata()[0] for line in ax.get_lines()] == [25, 5]
 
 
-def test_modality_split_pairs_image_and_text():
-  image_LE, text_LE = [[0.7, 0.3]], [[0.2, 0.8]]
-  (ax,) = plots.modality_split([4], image_LE, text_LE).axes
-  heights = [[bar.get_height() for bar in bars] for bars in ax.containers]
-  np.testing.assert_allclose(heights, [[70, 30], [20, 80]])
+def test_entropy_has_its_own_panel_where_it_was_logged():
+  rows = _moe_rows((0,), 4)
+  *_, entropy = plots.moe_training(rows).axes
+  raw, _, even = entropy.get_lines()
+  np.testing.assert_allclose(raw.get_ydata(), 0.5)
+  np.testing.assert_allclose(even.get_ydata(), np.log(4))
+  for row in rows:
+    del row['moe']['0']['entropy']
+  assert len(plots.moe_training(rows).axes) == 2
 
 
-@pytest.mark.parametrize('num_layers, num_experts', [(1, 2), (2, 4), (8, 20)])
+def test_many_experts_or_layers_become_maps():
+  rows = _moe_rows(range(9), num_experts=9, steps=20)
+  *panels, _ = plots.load_over_steps(rows).axes
+  shown = [ax.images[0].get_array() for ax in panels if ax.axison]
+  load_LEN = 100 * np.array(
+      [[row['moe'][str(n)]['load'] for row in rows] for n in range(9)]
+  ).transpose(0, 2, 1)
+  np.testing.assert_allclose(shown, load_LEN)  # 20 steps: nothing averaged.
+  balance = plots.moe_training(rows).axes[0]
+  assert balance.images[0].get_array().shape == (9, 20)
+
+
+@pytest.mark.parametrize('num_layers, num_experts', [(1, 2), (2, 4), (9, 20)])
 def test_no_texts_overlap(num_layers, num_experts):
   layers = list(range(num_layers))
   even_LE = np.full((num_layers, num_experts), 1 / num_experts)
@@ -92,57 +107,5 @@ def test_no_texts_overlap(num_layers, num_experts):
       plots.moe_training(rows),
       plots.load_over_steps(rows),
       plots.expert_load(layers, even_LE),
-      plots.modality_split(layers, even_LE, even_LE),
   ):
-    boxes = _text_boxes(figure)
-    assert len(boxes) > 5
-    for (a, box_a), (b, box_b) in itertools.combinations(boxes, 2):
-      assert not _overlap(box_a, box_b), f'{a!r} covers {b!r}'
-    width, height = figure.bbox.size
-    for name, box in boxes:
-      inside = box.x0 >= -1 and box.x1 <= width + 1
-      assert inside and box.y0 >= -1 and box.y1 <= height + 1, name
-
-
-def _text_boxes(figure):
-  from matplotlib import text as mpl_text
-
-  figure.draw_without_rendering()
-  found = []
-  for ax in figure.axes:
-    if not ax.axison:
-      continue
-    ticks = [
-        tick
-        for axis in (ax.xaxis, ax.yaxis)
-        # Ticks beyond the limits exist but are not drawn.
-        for tick in axis.get_ticklabels(which='both')
-    ]
-    low_x, high_x = sorted(ax.get_xlim())
-    low_y, high_y = sorted(ax.get_ylim())
-    drawn = set()
-    for tick in ticks:
-      x, y = tick.get_position()
-      on_x = tick in ax.xaxis.get_ticklabels(which='both')
-      value, low, high = (x, low_x, high_x) if on_x else (y, low_y, high_y)
-      if low <= value <= high:
-        drawn.add(tick)
-    found += [
-        artist
-        for artist in ax.findobj(mpl_text.Text)
-        if artist not in ticks or artist in drawn
-    ]
-  for legend in figure.legends:
-    found += legend.get_texts()
-  return [
-      (artist.get_text(), artist.get_window_extent())
-      for artist in found
-      if artist.get_visible() and artist.get_text().strip()
-  ]
-
-
-def _overlap(a, b):
-  """Whether two boxes share more than a rim of a pixel."""
-  across = min(a.x1, b.x1) - max(a.x0, b.x0)
-  along = min(a.y1, b.y1) - max(a.y0, b.y0)
-  return min(across, along) > 1 and not math.isnan(across)
+    boxes.check(figure)

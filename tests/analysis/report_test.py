@@ -10,10 +10,13 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 from PIL import Image
 import pytest
 
-from moellava_jax.analysis import report, results, run_files
+from moellava_jax.analysis import counts as counts_lib
+from moellava_jax.analysis import report, results, run_files, tally
+from moellava_jax.analysis import routing as routing_lib
 
 STAGES = ('warmup', 'pretrain', 'finetune', 'moe')
 POPE = ('random', 'popular', 'adversarial')
@@ -32,6 +35,20 @@ GOOD = {'random': PERFECT, 'popular': PERFECT, 'adversarial': EAGER}
 BLIND = dict.fromkeys(POPE, ALWAYS_NO)
 
 
+def make_counts():
+  """Fifty tokens with two choices in two layers, a third of them of images."""
+  rng = np.random.default_rng(0)
+  choice_LNk = np.argsort(rng.random((2, 50, 4)), axis=-1)[..., :2]
+  part = tally.Tokens(
+      5,
+      np.arange(50) % 3 == 0,
+      choice_LNk,
+      rng.random((2, 50, 2)) < 0.9,
+      rng.random((2, 50)),
+  )
+  return tally.tally((0, 2), 4, [part])
+
+
 def make_run(path: pathlib.Path, seed: int = 0) -> pathlib.Path:
   """A finished run of four stages with two MoE layers of four experts."""
   (path / 'data' / 'images').mkdir(parents=True)
@@ -48,7 +65,7 @@ def make_run(path: pathlib.Path, seed: int = 0) -> pathlib.Path:
       for i, s in enumerate(STAGES)
   }
   _json(path / 'stages.json', stages)
-  rows = [_metrics(s, n) for s in STAGES for n in range(1, 21)]
+  rows = [metrics(s, n) for s in STAGES for n in range(1, 21)]
   _jsonl(path / 'metrics.jsonl', rows)
   _questions(path)
   for stage in STAGES:
@@ -57,13 +74,7 @@ def make_run(path: pathlib.Path, seed: int = 0) -> pathlib.Path:
   answer(path, 'moe.blank_image', BLIND, ('2', '2', 'blue', 'yes'))
   answer(path, 'moe.shuffled_image', BLIND, ('5', '5', 'red', 'no'))
   routing = {
-      'layers': [0, 2],
-      'num_experts': 4,
-      'expert_load': [[0.4, 0.3, 0.2, 0.1], [0.25, 0.25, 0.46, 0.04]],
-      'expert_load_image': [[0.7, 0.1, 0.1, 0.1], [0.25] * 4],
-      'expert_load_text': [[0.1, 0.5, 0.3, 0.1], [0.25] * 4],
-      'drop_rate': [0.0, 0.0],
-      'entropy': [1.2, 0.9],
+      **routing_lib.summary(make_counts()),
       'expert_distance': [0.5, 0.6],
       'loss': 0.25,
       'loss_shuffled_experts': 1.5,
@@ -113,8 +124,10 @@ def _questions(path):
   _jsonl(path / 'data' / 'questions_exact.jsonl', exact)
 
 
-def _metrics(stage, step):
+def metrics(stage, step):
   row = {'stage': stage, 'step': step, 'loss': 3 / step, 'ce_loss': 3 / step}
+  # The first step is compiled.
+  row |= {'tokens': 500, 'tokens_per_s': 10.0 if step == 1 else 1200.0}
   if step % 5 == 0:
     row['eval_loss'] = 3.1 / step
   if stage == 'moe':
@@ -166,13 +179,15 @@ def test_results_equal_hand_computed_numbers(written):
   blank = {'pope_accuracy': 0.5, 'exact_match_mean': 0.5}
   shuffled = {'pope_accuracy': 0.5, 'exact_match_mean': pytest.approx(1 / 3)}
   assert found['controls'] == {'blank_image': blank, 'shuffled_image': shuffled}
-  assert found['expert_load'][1] == [0.25, 0.25, 0.46, 0.04]
+  load_LE = counts_lib.load_LE(make_counts())
+  assert found['expert_load'] == load_LE.tolist()
   assert found['seconds'] == {
       'warmup': 1.5,
       'pretrain': 2.5,
       'finetune': 3.5,
       'moe': 4.5,
   }
+  assert found['tokens_per_s'] == dict.fromkeys(STAGES, 1200.0)
   assert (found['seed'], found['revision']) == (7, 'abc123')
 
 
@@ -186,8 +201,8 @@ def test_page_stands_alone(written):
   text = (written / 'report.html').read_text()
   assert 'Not in this report' not in text
   sources = re.findall(r'<img[^>]*?src="([^"]*)"', text, re.DOTALL)
-  # Loss, two of training, two of routing; then the samples.
-  assert len(sources) == 5 + 12
+  # Loss, two of training, six of routing; then the samples.
+  assert len(sources) == 9 + 12
   for source in sources:
     kind, _, data = source.partition('base64,')
     assert kind == 'data:image/png;'
@@ -206,10 +221,10 @@ def test_run_without_questions_reports_training_only(tmp_path):
   path = tmp_path / 'own'
   path.mkdir()
   _json(path / 'config.json', {'seed': 3, 'stages': ['moe']})
-  _jsonl(path / 'metrics.jsonl', [_metrics('moe', n) for n in (1, 2, 3)])
+  _jsonl(path / 'metrics.jsonl', [metrics('moe', n) for n in (1, 2, 3)])
   run, found = report.write(path)
   load = [[0.4, 0.3, 0.2, 0.1], [0.25] * 4]
-  assert found.keys() == {'expert_load', 'seed'}
+  assert found.keys() == {'expert_load', 'tokens_per_s', 'seed'}
   assert found['expert_load'] == [pytest.approx(layer) for layer in load]
   text = (path / 'report.html').read_text()
   assert text.count('<figure>') == 4
@@ -246,7 +261,7 @@ def test_other_directories_are_refused(tmp_path):
 def test_resumed_and_killed_metrics_are_read(tmp_path):
   path = make_run(tmp_path / 'run')
   with (path / 'metrics.jsonl').open('a') as file:
-    file.write(json.dumps({**_metrics('moe', 20), 'ce_loss': 9.0}) + '\n')
+    file.write(json.dumps({**metrics('moe', 20), 'ce_loss': 9.0}) + '\n')
     file.write('{"stage": "moe", "st')
   run = run_files.read(path)
   rows = run.metrics['moe']
@@ -269,13 +284,14 @@ def test_several_runs_give_mean_and_sample_deviation(tmp_path):
   answer(paths[2], 'moe', GOOD, ('2', '3', 'blue', 'no'))
   many = [results.collect(run_files.read(path)) for path in paths]
   compared = results.compare(many)
-  mean, deviation, count = compared['exact_match.mean']
+  values, mean, deviation, count = compared['exact_match.mean']
+  assert values == pytest.approx((1, 2 / 3, 1 / 3))
   assert mean == pytest.approx(2 / 3)
   assert deviation == pytest.approx(1 / 3)  # Over n - 1.
   assert count == 3
-  assert compared['pope.random.f1'] == (1, 0, 3)
-  assert compared['controls.blank_image.pope_accuracy'] == (0.5, 0, 3)
-  assert math.isnan(results.compare(many[:1])['exact_match.mean'][1])
+  assert compared['pope.random.f1'][1:] == (1, 0, 3)
+  assert compared['controls.blank_image.pope_accuracy'][1:] == (0.5, 0, 3)
+  assert math.isnan(results.compare(many[:1])['exact_match.mean'].deviation)
 
 
 def test_command_takes_both_forms_of_runs(tmp_path):
