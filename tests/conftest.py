@@ -46,6 +46,31 @@ if os.environ['JAX_PLATFORMS'] != 'cpu':
   os.environ.setdefault('JAX_DEFAULT_MATMUL_PRECISION', 'highest')
 
 from absl import flags  # noqa: E402
+import pytest  # noqa: E402
 
 # Grain reads absl flags, which absl.app.run would have parsed.
 flags.FLAGS.mark_as_parsed()
+
+
+@pytest.fixture(scope='session')
+def trained(tmp_path_factory):
+  """A smoke run of all stages, whose step 2 is recorded, and its programs.
+
+  Tests copy the run.
+  """
+  # Here, because this file comes before everything that imports JAX.
+  from moellava_jax.train import loop, profiling, program
+  from tests import tiny
+
+  run = tmp_path_factory.mktemp('smoke') / 'run'
+  programs = []
+  real = program.Program.train_step
+
+  def noted(self, *args):
+    programs.append(real(self, *args))
+    return programs[-1]
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(program.Program, 'train_step', noted)
+    loop.run(tiny.train_config(run), profiled=profiling.Steps(2, 2))
+  return run, programs

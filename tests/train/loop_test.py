@@ -10,7 +10,7 @@ import pytest
 
 from moellava_jax import checkpoint, config, trees
 from moellava_jax.data import sources
-from moellava_jax.train import loop, profiling, program
+from moellava_jax.train import loop
 from moellava_jax.train import step as step_lib
 from tests import tiny
 
@@ -27,26 +27,8 @@ def _history(run):
   ]
 
 
-@pytest.fixture(scope='module')
-def trained(tmp_path_factory):
-  """A smoke run of all stages, whose step 2 is recorded, and its programs."""
-  run = tmp_path_factory.mktemp('loop') / 'run'
-  programs = []
-  real = program.Program.train_step
-
-  def noted(self, *args):
-    programs.append(real(self, *args))
-    return programs[-1]
-
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(program.Program, 'train_step', noted)
-    loop.run(tiny.train_config(run), profiled=profiling.Steps(2, 2))
-  return run, programs
-
-
-@pytest.fixture(scope='module')
+@pytest.fixture
 def finished(trained):
-  """A smoke run of all stages; tests copy it."""
   return trained[0]
 
 
