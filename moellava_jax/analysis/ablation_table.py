@@ -1,0 +1,329 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cells to tables: mean, deviation and interval of every row, as files.
+
+  OUT/GRID/results.json, table.csv, table.md, table.png, table.svg
+
+Values are in the unit of the files (shares, seconds, counts); the Markdown and
+the figure show percent.
+"""
+
+from collections.abc import Mapping, Sequence
+import csv
+import dataclasses
+import io
+import pathlib
+from typing import Any
+
+from moellava_jax import config, run_folder
+from moellava_jax.analysis import (
+    ablation_cell,
+    ablation_stats,
+    grids,
+)
+
+_SCORE = 'score'  # The metric of benchmarks that are not scored by question.
+_COUNTS = ('llm_activated_parameters', 'llm_total_parameters')
+
+
+@dataclasses.dataclass(frozen=True)
+class Value:
+  """A metric of a row over its seeds."""
+
+  mean: float
+  deviation: float | None  # None: one seed.
+  by_seed: tuple[float, ...]
+  interval: ablation_stats.Interval | None  # None: of the baseline itself.
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+  """A row of a table; without seeds nothing of it is finished.
+
+  Attributes:
+    row: its key.
+    label: for people.
+    against: the key of the row it is compared with; None: of no other.
+    seeds: those that are finished.
+    metrics: by the name of the metric.
+    activated: parameters of the decoder that a token uses, in one number.
+    total: parameters of the decoder.
+    seconds: mean time of the last stage.
+    seconds_before: mean time of the stages before it, which rows share.
+    failed: seed -> why, and where the log is.
+  """
+
+  row: str
+  label: str
+  against: str | None
+  seeds: tuple[int, ...]
+  metrics: Mapping[str, Value]
+  activated: int | None
+  total: int | None
+  seconds: float | None
+  seconds_before: float | None
+  failed: Mapping[int, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+  grid: str
+  title: str
+  benchmark: str
+  config: str
+  lines: tuple[Line, ...]
+
+  @property
+  def metrics(self) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(m for line in self.lines for m in line.metrics))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Counted:
+  """A metric of one cell: its kind and counts, or with them None its value."""
+
+  kind: str
+  counts: Any
+  value: float
+
+
+def collect(
+    grid: grids.Grid,
+    config_path: str,
+    seeds: Sequence[int],
+    out: str,
+    benchmark: str,
+    failed: Mapping[str, str],
+    draws: int = ablation_stats.DRAWS,
+) -> Table:
+  """Reads the finished cells of a grid.
+
+  Args:
+    grid: whose rows.
+    config_path: what the table says it is of.
+    seeds: those that belong to it.
+    out: the folder with cells/.
+    benchmark: whose scores.
+    failed: ROW.seedN -> why it is not there.
+    draws: of the bootstrap.
+
+  Raises:
+    UserError: a file is malformed.
+  """
+  found: dict[str, dict[int, dict[str, Any]]] = {}
+  for row in grid.rows:
+    for seed in seeds:
+      content = ablation_cell.read(out, f'{row.key}.seed{seed}', benchmark)
+      if content is not None:
+        found.setdefault(row.key, {})[seed] = content
+  counted = {
+      key: {seed: _counted(out, c, benchmark) for seed, c in by_seed.items()}
+      for key, by_seed in found.items()
+  }
+  lines = tuple(
+      _line(row, grid, found, counted, seeds, failed, draws)
+      for row in grid.rows
+  )
+  return Table(grid.name, grid.title, benchmark, config_path, lines)
+
+
+def _counted(out: str, content: Any, benchmark: str) -> dict[str, _Counted]:
+  parts = ablation_cell.read_parts(out, content, benchmark)
+  if not parts:
+    value = ablation_cell.headline(content, benchmark)
+    return {_SCORE: _Counted(_SCORE, None, value)}
+  return {
+      ablation_stats.name(name, part): _Counted(
+          part.kind,
+          ablation_stats.counts(part),
+          ablation_stats.of_part(part),
+      )
+      for name, part in parts.items()
+  }
+
+
+def _line(row, grid, found, counted, seeds, failed, draws) -> Line:
+  mine = counted.get(row.key, {})
+  against = grid.against.get(row.key)
+  theirs = counted.get(against, {})
+  both = sorted(mine.keys() & theirs.keys())
+  metrics = {}
+  for name in dict.fromkeys(m for cell in mine.values() for m in cell):
+    values = tuple(mine[seed][name].value for seed in sorted(mine))
+    mean, deviation = ablation_stats.mean_and_deviation(values)
+    interval = None
+    if against is not None and both:
+      interval = _interval(
+          [mine[s][name] for s in both], [theirs[s][name] for s in both], draws
+      )
+    metrics[name] = Value(mean, deviation, values, interval)
+  contents = list(found.get(row.key, {}).values())
+  return Line(
+      row=row.key,
+      label=row.label,
+      against=against,
+      seeds=tuple(sorted(mine)),
+      metrics=metrics,
+      activated=_same(contents, _COUNTS[0]),
+      total=_same(contents, _COUNTS[1]),
+      seconds=_mean([_seconds(c)[-1] for c in contents]),
+      seconds_before=_mean([sum(_seconds(c)[:-1]) for c in contents]),
+      failed={
+          seed: failed[name]
+          for seed in seeds
+          if (name := f'{row.key}.seed{seed}') in failed and seed not in mine
+      },
+  )
+
+
+def _interval(ours, theirs, draws: int) -> ablation_stats.Interval:
+  if ours[0].counts is None:
+    return ablation_stats.paired_by_seed(
+        [c.value for c in ours], [c.value for c in theirs], draws
+    )
+  return ablation_stats.paired(
+      ours[0].kind, [c.counts for c in ours], [c.counts for c in theirs], draws
+  )
+
+
+def _seconds(content: Mapping[str, Any]) -> list[float]:
+  """Of the stages, in their order."""
+  stages = content['stages']
+  return [stages[name]['seconds'] for name in config.STAGES if name in stages]
+
+
+def _mean(values: Sequence[float]) -> float | None:
+  return sum(values) / len(values) if values else None
+
+
+def _same(contents: Sequence[Mapping[str, Any]], key: str) -> int | None:
+  return contents[0]['parameters'].get(key) if contents else None
+
+
+def header(table: Table) -> list[str]:
+  """Columns of `cells_of`."""
+  names = ['']
+  for metric in table.metrics:
+    names += [f'{metric} (%)', 'difference, 95 %']
+  return [*names, 'seeds', 'act. / total', 'own time', 'before it']
+
+
+def cells_of(line: Line, table: Table) -> list[str]:
+  """A line of the table as text for people."""
+  cells = [line.label]
+  for metric in table.metrics:
+    value = line.metrics.get(metric)
+    if value is None:
+      cells += ['failed' if line.failed else '-', '-']
+      continue
+    cells += [percent(value), difference(value.interval)]
+  cells.append(str(len(line.seeds)) + (' (failed)' if line.failed else ''))
+  cells.append(
+      '-'
+      if line.activated is None or line.total is None
+      else f'{count(line.activated)} / {count(line.total)}'
+  )
+  return [*cells, duration(line.seconds), duration(line.seconds_before)]
+
+
+def percent(value: Value) -> str:
+  spread = '' if value.deviation is None else f' ± {100 * value.deviation:.1f}'
+  return f'{100 * value.mean:.1f}{spread}'
+
+
+def difference(interval: ablation_stats.Interval | None) -> str:
+  """`+1.2 [+0.3, +2.0]`; in bold type where 0 is outside."""
+  if interval is None:
+    return '-'
+  text = (
+      f'{100 * interval.difference:+.1f} [{100 * interval.low:+.1f},'
+      f' {100 * interval.high:+.1f}]'
+  )
+  return f'**{text}**' if interval.verdict else text
+
+
+def count(number: int) -> str:
+  """`0.13 M`, `2.24 B`."""
+  power = 9 if number >= 1e9 else 6
+  return f'{number / 10**power:.2f} {"B" if power == 9 else "M"}'
+
+
+def duration(seconds: float | None) -> str:
+  if seconds is None:
+    return '-'
+  if seconds < 120:
+    return f'{seconds:.0f} s'
+  return (
+      f'{seconds / 60:.1f} min' if seconds < 7200 else f'{seconds / 3600:.1f} h'
+  )
+
+
+def markdown(table: Table) -> str:
+  """The table, without a heading."""
+  rows = [header(table), *(cells_of(line, table) for line in table.lines)]
+  marks = ['---', *('---:' for _ in rows[0][1:])]
+  lines = [rows[0], marks, *rows[1:]]
+  return ''.join(f'| {" | ".join(line)} |\n' for line in lines)
+
+
+def to_csv(table: Table) -> str:
+  """One line for each row, metric and seed, and one for their means."""
+  text = io.StringIO()
+  writer = csv.writer(text, lineterminator='\n')
+  writer.writerow(
+      (
+          'grid',
+          'row',
+          'label',
+          'metric',
+          'seed',
+          'value',
+          'deviation',
+          'against',
+          'difference',
+          'low',
+          'high',
+          'activated_parameters',
+          'total_parameters',
+          'seconds',
+          'seconds_before',
+      )
+  )
+  for line in table.lines:
+    for name, value in line.metrics.items():
+      start = (table.grid, line.row, line.label, name)
+      gap = value.interval
+      writer.writerow(
+          (
+              *start,
+              'mean',
+              value.mean,
+              value.deviation,
+              line.against,
+              *((gap.difference, gap.low, gap.high) if gap else ('', '', '')),
+              line.activated,
+              line.total,
+              line.seconds,
+              line.seconds_before,
+          )
+      )
+      for seed, one in zip(line.seeds, value.by_seed, strict=True):
+        writer.writerow((*start, seed, one, *[''] * 9))
+  return text.getvalue()
+
+
+def write(table: Table, out: str) -> pathlib.Path:
+  """Writes all files; returns their folder."""
+  from moellava_jax.analysis import ablation_figure, look
+
+  folder = pathlib.Path(out) / table.grid
+  folder.mkdir(parents=True, exist_ok=True)
+  run_folder.write_json(folder / 'results.json', dataclasses.asdict(table))
+  (folder / 'table.csv').write_text(to_csv(table), encoding='utf-8')
+  (folder / 'table.md').write_text(
+      f'# {table.title}\n\n{markdown(table)}', encoding='utf-8'
+  )
+  if table.metrics:
+    figure = ablation_figure.draw(table)
+    (folder / 'table.png').write_bytes(look.png(figure))
+    figure.savefig(folder / 'table.svg', format='svg')
+  return folder
