@@ -163,7 +163,10 @@ def write(
     raise config.UserError(
         f'{folder}/scores.json has no scores of {stage} on {benchmark.name}.'
     ) from error
-  kept: dict[str, Any] = {'scores': entry}
+  # Folders of this machine mean nothing elsewhere.
+  kept: dict[str, Any] = {
+      'scores': {k: v for k, v in entry.items() if k != 'model'}
+  }
   if benchmark.name in BY_QUESTION:
     source, _ = ablation_plan.sources(cell, out, benchmark)
     questions = benchmarks.get(benchmark.name).load(

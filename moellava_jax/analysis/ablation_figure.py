@@ -71,8 +71,8 @@ def _differences(ax, table, metric: str, i: int) -> None:
         color=colour if gap.verdict else 'white',
     )
   ax.axvline(0, color=look.INK, lw=1.1, ls='--', zorder=1)
-  against = f'"{labels[bases.pop()]}"' if len(bases) == 1 else 'its baseline'
-  look.label(ax, f'{metric}, against {against}', 'difference (points)', '')
+  against = labels[bases.pop()] if len(bases) == 1 else 'the dense model'
+  look.label(ax, f'{metric}: difference', f'points more than {against}', '')
   ax.grid(axis='x', color='#DDDDDD', lw=0.7)
   _rows(ax, table)
   ax.tick_params(axis='y', labelleft=False)

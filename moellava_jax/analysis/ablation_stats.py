@@ -30,6 +30,9 @@ from moellava_jax.analysis import ablation_cell
 DRAWS = 10_000
 LEVEL = 0.95
 _CHUNK = 1000  # Draws at a time: memory.
+# Of the files of Shapes; of others the name of the file and the measure.
+_NAMES = {'pope': 'POPE-style F1', 'exact': 'exact match'}
+_KINDS = {'yes_no': 'F1', 'exact': 'match'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,4 +183,4 @@ def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
 
 def name(file: str, part: ablation_cell.Part) -> str:
   """What the score of a question file is called."""
-  return f'{file} F1' if part.kind == 'yes_no' else f'{file} match'
+  return _NAMES.get(file, f'{file}, {_KINDS[part.kind]}')

@@ -147,7 +147,8 @@ def _line(row, grid, found, counted, seeds, failed, draws) -> Line:
   theirs = counted.get(against, {})
   both = sorted(mine.keys() & theirs.keys())
   metrics = {}
-  for name in dict.fromkeys(m for cell in mine.values() for m in cell):
+  # F1 first, as the paper's one number.
+  for name in sorted({m for cell in mine.values() for m in cell}):
     values = tuple(mine[seed][name].value for seed in sorted(mine))
     mean, deviation = ablation_stats.mean_and_deviation(values)
     interval = None
