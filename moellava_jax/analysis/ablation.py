@@ -64,7 +64,7 @@ class Options:
   config: str
   overrides: Mapping[str, Any]
   grid: str
-  seeds: tuple[int, ...]
+  seeds: int | None  # None: as many as the grid says.
   out: str
   benchmark: ablation_plan.Benchmark
   jobs: int
@@ -86,9 +86,8 @@ def run(
   raw = ablation_plan.load(options.config, {})
   embedded = raw.data.shapes is not None
   grid = grids.get(options.grid, embedded)
-  cells = ablation_plan.cells(
-      grid, options.config, options.seeds, options.overrides
-  )
+  seeds = range(options.seeds or grid.seeds)
+  cells = ablation_plan.cells(grid, options.config, seeds, options.overrides)
   for cell in cells:
     ablation_plan.sources(cell, out, options.benchmark)
   chosen = _chosen(cells, options.cell)
@@ -107,7 +106,7 @@ def run(
     failed = _run_cells(chosen, out, options, commands)
   reasons = {name: f'{f.reason}\n{f.log}' for name, f in failed.items()}
   if options.cell is None:
-    _show(grid, options, out, reasons)
+    _show(grid, seeds, options, out, reasons)
   for name, failure in failed.items():
     if not failure.stopped:
       print(
@@ -309,7 +308,9 @@ def _record(
       run_folder.write_json(path, content)
 
 
-def _show(grid, options: Options, out: str, reasons: dict[str, str]) -> None:
+def _show(
+    grid, seeds, options: Options, out: str, reasons: dict[str, str]
+) -> None:
   """Writes the files of the table and prints it."""
   from rich import console, table
 
@@ -318,7 +319,7 @@ def _show(grid, options: Options, out: str, reasons: dict[str, str]) -> None:
     known = ablation_cell.read_json(path)
     reasons.setdefault(path.stem, f'{known["reason"]}\n{known["log"]}')
   found = ablation_table.collect(
-      grid, options.config, options.seeds, out, options.benchmark.name, reasons
+      grid, options.config, seeds, out, options.benchmark.name, reasons
   )
   written = ablation_table.write(found, out)
   header = ablation_table.header(found)
@@ -361,7 +362,9 @@ def define_flags() -> None:
       'config', None, 'Config file of all stages.', lock_config=True
   )
   flags.DEFINE_enum('grid', None, grids.names(), 'Which rows.', required=True)
-  flags.DEFINE_integer('seeds', 5, 'How many, from 0.', lower_bound=1)
+  flags.DEFINE_integer(
+      'seeds', None, 'How many, from 0; unset: the grid says.', lower_bound=1
+  )
   flags.DEFINE_string('out', None, 'Where all of it is kept.', required=True)
   flags.DEFINE_string('benchmark', 'shapes', 'One of evals.main.')
   flags.DEFINE_string('questions', None, 'Its question file; Shapes: none.')
@@ -386,7 +389,7 @@ def main(argv: Sequence[str]) -> int:
       config=config_flags.get_config_filename(values['config']),
       overrides=config_flags.get_override_values(values['config']),
       grid=values.grid,
-      seeds=tuple(range(values.seeds)),
+      seeds=values.seeds,
       out=values.out,
       benchmark=ablation_plan.Benchmark(
           values.benchmark,

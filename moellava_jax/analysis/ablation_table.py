@@ -158,6 +158,7 @@ def _line(row, grid, found, counted, seeds, failed, draws) -> Line:
       )
     metrics[name] = Value(mean, deviation, values, interval)
   contents = list(found.get(row.key, {}).values())
+  seconds = [[*seconds_by_stage(c).values()] for c in contents]
   return Line(
       row=row.key,
       label=row.label,
@@ -166,8 +167,8 @@ def _line(row, grid, found, counted, seeds, failed, draws) -> Line:
       metrics=metrics,
       activated=_same(contents, _COUNTS[0]),
       total=_same(contents, _COUNTS[1]),
-      seconds=_mean([_seconds(c)[-1] for c in contents]),
-      seconds_before=_mean([sum(_seconds(c)[:-1]) for c in contents]),
+      seconds=_mean([s[-1] for s in seconds]),
+      seconds_before=_mean([sum(s[:-1]) for s in seconds]),
       failed={
           seed: failed[name]
           for seed in seeds
@@ -186,10 +187,10 @@ def _interval(ours, theirs, draws: int) -> ablation_stats.Interval:
   )
 
 
-def _seconds(content: Mapping[str, Any]) -> list[float]:
-  """Of the stages, in their order."""
+def seconds_by_stage(content: Mapping[str, Any]) -> dict[str, float]:
+  """Of a cell's JSON, in the order of the stages."""
   stages = content['stages']
-  return [stages[name]['seconds'] for name in config.STAGES if name in stages]
+  return {s: stages[s]['seconds'] for s in config.STAGES if s in stages}
 
 
 def _mean(values: Sequence[float]) -> float | None:
