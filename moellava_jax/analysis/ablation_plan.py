@@ -13,6 +13,7 @@ which agree up to a stage have that stage in common.
 from collections.abc import Mapping, Sequence
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import os
 import shlex
@@ -108,14 +109,16 @@ def load(path: str, overrides: Mapping[str, Any]) -> Any:
   Raises:
     UserError: no such file, or an override of a field that is not there.
   """
-  from ml_collections.config_flags import config_flags
-
-  if not os.path.isfile(path.split(':', 1)[0]):
+  file, *argument = path.split(':', 1)
+  spec = importlib.util.spec_from_file_location('ablation_config', file)
+  if spec is None or spec.loader is None or not os.path.isfile(file):
     raise config.UserError(
         f'--config={path}: no such file; run the command in the folder that'
         ' has configs/.'
     )
-  raw: Any = config_flags.ConfigFileFlagParser('config').parse(path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  raw = module.get_config(*argument)
   for name, value in overrides.items():
     *parents, last = name.split('.')
     section = raw
