@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scores and intervals against what can be counted."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -93,27 +94,26 @@ def test_interval_of_one_seed_is_that_of_all_resamples():
 
 
 def test_interval_of_several_seeds_draws_seeds_and_then_images():
-  ours = [[1, 1, 1], [1, 0, 0], [0, 1, 1]]
-  theirs = [[0, 0, 1], [1, 1, 0], [0, 1, 1]]
+  # Shares of right answers; odd ones, lest draws coincide.
+  rng = np.random.default_rng(3)
+  ours, theirs = rng.random((2, 2, 3))
   gaps = np.subtract(ours, theirs)
   by_seed = [
-      [np.mean(drawn) for drawn in itertools.product(row, repeat=3)]
-      for row in gaps
+      [sum(drawn) / 3 for drawn in itertools.product(row, repeat=3)]
+      for row in gaps.tolist()
   ]
   every = [
-      np.mean(values)
-      for seeds in itertools.product(range(3), repeat=3)
+      sum(values) / 2
+      for seeds in itertools.product(range(2), repeat=2)
       for values in itertools.product(*(by_seed[s] for s in seeds))
   ]
   sides = [[_exact(row) for row in side] for side in (ours, theirs)]
   found = ablation_stats.paired('exact', *sides)
   assert found.difference == pytest.approx(np.mean(gaps))
   _close(found, every)
-  # Twice the draws of a level: seeds alone would give a shorter one.
-  seeds = ablation_stats.paired_by_seed(
-      np.mean(ours, axis=1).tolist(), np.mean(theirs, axis=1).tolist()
-  )
-  assert seeds.high - seeds.low < found.high - found.low
+  # Seeds that agree: all that is left comes from the images.
+  found = ablation_stats.paired_by_seed([0.5, 0.5], [0.25, 0.25])
+  assert (found.low, found.high) == (0.25, 0.25)
 
 
 def test_what_rows_have_in_common_cancels():
@@ -180,7 +180,13 @@ def test_the_figure_shows_every_interval_and_failed_rows():
         {} if seeds else {0: 'why'},
     )
 
-  lines = (line('a', 0.01, 0.03), line('b', -0.1, 0.2), line('c', 0, 0, ()))
+  base = dataclasses.replace(line('base', 0, 0, ()), against=None)
+  lines = (
+      line('a', 0.01, 0.03),
+      line('b', -0.1, 0.2),
+      line('c', 0, 0, ()),
+      base,
+  )
   table = ablation_table.Table('g', 'title', 'shapes', 'c.py', lines)
   scores, gaps = ablation_figure.draw(table).axes
   drawn = [
@@ -193,4 +199,4 @@ def test_the_figure_shows_every_interval_and_failed_rows():
   marks = [a for a in gaps.get_lines() if a.get_marker() not in ('None', '')]
   assert [a.get_markerfacecolor() != 'white' for a in marks] == [True, False]
   labels = [text.get_text() for text in scores.get_yticklabels()]
-  assert labels == ['a', 'b', 'c (failed)']
+  assert labels == ['a', 'b', 'c (failed)', 'base (failed)']
