@@ -47,6 +47,7 @@ from absl import app, flags
 from moellava_jax import config, run_folder
 from moellava_jax.analysis import (
     ablation_cell,
+    ablation_files,
     ablation_jobs,
     ablation_plan,
     ablation_progress,
@@ -321,8 +322,8 @@ def _show(
   found = ablation_table.collect(
       grid, options.config, seeds, out, options.benchmark.name, reasons
   )
-  written = ablation_table.write(found, out)
-  header = ablation_table.header(found)
+  written = ablation_files.write(found, out)
+  header = ablation_files.header(found)
   shown = table.Table(
       title=found.title, title_justify='left', box=None, padding=(0, 2, 0, 0)
   )
@@ -330,7 +331,7 @@ def _show(
     shown.add_column(column, justify='right' if i else 'left')
   for line in found.lines:
     shown.add_row(
-        *(c.replace('**', '') for c in ablation_table.cells_of(line, found))
+        *(c.replace('**', '') for c in ablation_files.cells_of(line, found))
     )
   console.Console(highlight=False, markup=False, width=200).print(shown)
   print(f'Written: {written}/table.md, .csv, .png, .svg and results.json')

@@ -24,6 +24,7 @@ from moellava_jax import config
 from moellava_jax.analysis import (
     ablation_cell,
     ablation_figure,
+    ablation_files,
     ablation_paper,
     ablation_plan,
     ablation_samples,
@@ -158,7 +159,7 @@ python -m moellava_jax.analysis.ablation_page --config={source.config} \\
 
 Device: {'; '.join(devices)}. Versions: {'; '.join(versions)}. Revision:
 {', '.join(r[:12] + ('+' if r.endswith('+') else '') for r in revisions)}. Last
-stages of all cells together: {ablation_table.duration(seconds)}.
+stages of all cells together: {ablation_files.duration(seconds)}.
 """
 
 
@@ -171,11 +172,11 @@ def _section(
   image = f'{grid.name}.png'
   (out / image).write_bytes(look.png(ablation_figure.draw(table)))
   (out / f'{grid.name}.csv').write_text(
-      ablation_table.to_csv(table), encoding='utf-8'
+      ablation_files.to_csv(table), encoding='utf-8'
   )
   parts = [
       f'## {grid.title}\n',
-      ablation_table.markdown(table),
+      ablation_files.markdown(table),
       f'![{grid.title}]({image})\n',
       _paper(grid, table, source),
   ]
@@ -274,7 +275,7 @@ def _here(
   )
   (line,) = (line for line in between.lines if line.row == better)
   said = [
-      f'{metric} {ablation_table.difference(value.interval)}:'
+      f'{metric} {ablation_files.difference(value.interval)}:'
       f' {_VERDICTS[value.interval.verdict]}'
       for metric, value in line.metrics.items()
       if value.interval is not None

@@ -15,10 +15,10 @@ from moellava_jax import config
 from moellava_jax.analysis import (
     ablation,
     ablation_figure,
+    ablation_files,
     ablation_jobs,
     ablation_page,
     ablation_plan,
-    ablation_table,
     grids,
 )
 
@@ -386,7 +386,7 @@ def test_samples_are_chosen_by_rule(tmp_path, start):
 
 
 def test_units_of_the_table():
-  table = ablation_table
+  table = ablation_files
   assert table.count(2_242_725_888) == '2.24 B'
   assert [table.duration(s) for s in (5, 600, 8000, None)] == [
       '5 s',
