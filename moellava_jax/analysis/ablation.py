@@ -38,19 +38,19 @@ from collections.abc import Mapping, Sequence
 import dataclasses
 import os
 import pathlib
-import signal
 import sys
 from typing import Any
 
 from absl import app, flags
 
-from moellava_jax import config, run_folder
+from moellava_jax import config
 from moellava_jax.analysis import (
     ablation_cell,
+    ablation_commands,
     ablation_files,
     ablation_jobs,
     ablation_plan,
-    ablation_progress,
+    ablation_run,
     ablation_table,
     grids,
 )
@@ -67,7 +67,7 @@ class Options:
   grid: str
   seeds: int | None  # None: as many as the grid says.
   out: str
-  benchmark: ablation_plan.Benchmark
+  benchmark: ablation_commands.Benchmark
   jobs: int
   devices: tuple[str, ...]
   cell: str | None
@@ -76,7 +76,8 @@ class Options:
 
 
 def run(
-    options: Options, commands: ablation_plan.Commands = ablation_plan.COMMANDS
+    options: Options,
+    commands: ablation_commands.Commands = ablation_commands.COMMANDS,
 ) -> int:
   """Does what the flags ask for; returns the exit code.
 
@@ -90,7 +91,7 @@ def run(
   seeds = range(options.seeds or grid.seeds)
   cells = ablation_plan.cells(grid, options.config, seeds, options.overrides)
   for cell in cells:
-    ablation_plan.sources(cell, out, options.benchmark)
+    ablation_commands.sources(cell, out, options.benchmark)
   chosen = _chosen(cells, options.cell)
   if options.dry_run:
     _print_commands(cells, chosen, out, options.benchmark, commands)
@@ -104,7 +105,14 @@ def run(
     )
   failed: dict[str, ablation_jobs.Failure] = {}
   if not options.collect_only:
-    failed = _run_cells(chosen, out, options, commands)
+    failed = ablation_run.run(
+        chosen,
+        out,
+        options.benchmark,
+        commands,
+        jobs=options.jobs,
+        devices=options.devices,
+    )
   reasons = {name: f'{f.reason}\n{f.log}' for name, f in failed.items()}
   if options.cell is None:
     _show(grid, seeds, options, out, reasons)
@@ -148,167 +156,6 @@ def _stale(cells: Sequence[ablation_plan.Cell], out: str) -> list[str]:
   ]
 
 
-def _jobs(
-    cells: Sequence[ablation_plan.Cell],
-    out: str,
-    benchmark: ablation_plan.Benchmark,
-    commands: ablation_plan.Commands,
-) -> list[ablation_jobs.Job]:
-  """Trainings and evaluations; those that cells share are there once."""
-  jobs: dict[str, ablation_jobs.Job] = {}
-  logs = pathlib.Path(out) / 'logs'
-  for cell in cells:
-    if ablation_cell.read(out, cell.name, benchmark.name) is not None:
-      continue
-    for part in cell.run.chain:
-      jobs.setdefault(
-          part.name,
-          ablation_jobs.Job(
-              name=part.name,
-              command=ablation_plan.train_command(part, out, commands),
-              log=logs / f'{part.name}.log',
-              needs=() if part.before is None else (part.before.name,),
-              is_done=_Trained(part, out),
-              finish=_nothing,
-          ),
-      )
-    name = f'{cell.name}.{benchmark.name}'
-    jobs[name] = ablation_jobs.Job(
-        name=name,
-        command=ablation_plan.eval_command(cell, out, benchmark, commands),
-        log=logs / f'{name}.log',
-        needs=(cell.run.name,),
-        is_done=_Evaluated(cell, out, benchmark),
-        finish=_Finish(cell, out, benchmark),
-    )
-  return list(jobs.values())
-
-
-def _nothing() -> None:
-  pass
-
-
-@dataclasses.dataclass(frozen=True)
-class _Trained:
-  """Whether all stages of a run are finished, as it says itself."""
-
-  part: ablation_plan.Run
-  out: str
-
-  def __call__(self) -> bool:
-    path = pathlib.Path(self.part.folder(self.out)) / 'stages.json'
-    if not path.exists():
-      return False
-    return set(self.part.stages) <= ablation_cell.read_json(path).keys()
-
-
-@dataclasses.dataclass(frozen=True)
-class _Evaluated:
-  """Whether the JSON of a cell is there."""
-
-  cell: ablation_plan.Cell
-  out: str
-  benchmark: ablation_plan.Benchmark
-
-  def __call__(self) -> bool:
-    name = self.benchmark.name
-    return ablation_cell.read(self.out, self.cell.name, name) is not None
-
-
-@dataclasses.dataclass(frozen=True)
-class _Finish:
-  """Writes the JSON of a cell."""
-
-  cell: ablation_plan.Cell
-  out: str
-  benchmark: ablation_plan.Benchmark
-
-  def __call__(self) -> None:
-    ablation_cell.write(self.cell, self.out, self.benchmark)
-
-
-def _run_cells(
-    cells: Sequence[ablation_plan.Cell],
-    out: str,
-    options: Options,
-    commands: ablation_plan.Commands,
-) -> dict[str, ablation_jobs.Failure]:
-  """Runs what is left; returns the failures by cell."""
-  benchmark = options.benchmark
-  jobs = _jobs(cells, out, benchmark, commands)
-  ends = {f'{cell.name}.{benchmark.name}': cell for cell in cells}
-  todo = [job.name for job in jobs if job.name in ends]
-  if not todo:
-    return {}
-  with ablation_progress.Progress(len(cells), len(cells) - len(todo)) as bar:
-    runner = ablation_jobs.Runner(
-        _slots(out, options),
-        lambda name, state: bar.say(name, state, name in ends),
-    )
-    before = _on_signals(runner)
-    try:
-      failures = runner.run(jobs)
-    finally:
-      for number, handler in before.items():
-        signal.signal(number, handler)
-  failed = {
-      ends[name].name: failure
-      for name, failure in failures.items()
-      if name in ends
-  }
-  _record(cells, failed, out)
-  return failed
-
-
-def _slots(out: str, options: Options) -> list[dict[str, str]]:
-  """Environments of the commands that run at the same time."""
-  shared = {
-      # Cells of a row compile the same programs.
-      'JAX_COMPILATION_CACHE_DIR': os.path.join(out, 'jax_cache'),
-      'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
-      'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1',
-      'TOKENIZERS_PARALLELISM': 'false',
-  }
-  shared = {k: os.environ.get(k, v) for k, v in shared.items()}
-  if options.devices:
-    return [
-        {**shared, 'CUDA_VISIBLE_DEVICES': device} for device in options.devices
-    ]
-  return [shared] * options.jobs
-
-
-def _on_signals(runner: ablation_jobs.Runner) -> dict[int, Any]:
-  """The first Ctrl-C or SIGTERM stops the commands, the second this process."""
-
-  def stop(number, frame):
-    for other in (signal.SIGINT, signal.SIGTERM):
-      signal.signal(other, signal.SIG_DFL)
-    runner.stop()
-
-  return {
-      number: signal.signal(number, stop)
-      for number in (signal.SIGINT, signal.SIGTERM)
-  }
-
-
-def _record(
-    cells: Sequence[ablation_plan.Cell],
-    failed: Mapping[str, ablation_jobs.Failure],
-    out: str,
-) -> None:
-  """OUT/failed/CELL.json of those that failed; gone when they have not."""
-  folder = pathlib.Path(out) / 'failed'
-  for cell in cells:
-    path = folder / f'{cell.name}.json'
-    failure = failed.get(cell.name)
-    if failure is None:
-      path.unlink(missing_ok=True)
-    elif not failure.stopped:
-      folder.mkdir(exist_ok=True)
-      content = {**dataclasses.asdict(failure), 'log': str(failure.log)}
-      run_folder.write_json(path, content)
-
-
 def _show(
     grid, seeds, options: Options, out: str, reasons: dict[str, str]
 ) -> None:
@@ -349,11 +196,11 @@ def _print_commands(cells, chosen, out, benchmark, commands) -> None:
     print(f'# {number}: {cell.row.key}:{cell.seed}, {cell.row.label}{state}')
     for part in cell.run.chain:
       if part.name not in printed:
-        command = ablation_plan.train_command(part, out, commands)
-        print(ablation_plan.shell(command))
+        command = ablation_commands.train_command(part, out, commands)
+        print(ablation_commands.shell(command))
       printed.add(part.name)
-    command = ablation_plan.eval_command(cell, out, benchmark, commands)
-    print(ablation_plan.shell(command))
+    command = ablation_commands.eval_command(cell, out, benchmark, commands)
+    print(ablation_commands.shell(command))
 
 
 def define_flags() -> None:
@@ -392,7 +239,7 @@ def main(argv: Sequence[str]) -> int:
       grid=values.grid,
       seeds=values.seeds,
       out=values.out,
-      benchmark=ablation_plan.Benchmark(
+      benchmark=ablation_commands.Benchmark(
           values.benchmark,
           values.questions,
           values.images,

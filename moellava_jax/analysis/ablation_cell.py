@@ -23,7 +23,7 @@ import zlib
 import numpy as np
 
 from moellava_jax import config, run_folder
-from moellava_jax.analysis import ablation_plan
+from moellava_jax.analysis import ablation_commands, ablation_plan
 from moellava_jax.evals import base, benchmarks, pope, scores, shapes
 
 FORMAT = 1
@@ -147,7 +147,7 @@ def path_of(out: str, name: str) -> pathlib.Path:
 
 
 def write(
-    cell: ablation_plan.Cell, out: str, benchmark: ablation_plan.Benchmark
+    cell: ablation_plan.Cell, out: str, benchmark: ablation_commands.Benchmark
 ) -> None:
   """Writes the JSON of a cell whose runs and answers are complete.
 
@@ -155,7 +155,7 @@ def write(
     UserError: answers or scores are missing or malformed.
   """
   stage = cell.run.last
-  folder = pathlib.Path(ablation_plan.answers(cell, out))
+  folder = pathlib.Path(ablation_commands.answers(cell, out))
   entries = scores.read(folder / 'scores.json')
   try:
     entry = entries[stage]['none'][benchmark.name]
@@ -168,7 +168,7 @@ def write(
       'scores': {k: v for k, v in entry.items() if k != 'model'}
   }
   if benchmark.name in BY_QUESTION:
-    source, _ = ablation_plan.sources(cell, out, benchmark)
+    source, _ = ablation_commands.sources(cell, out, benchmark)
     questions = benchmarks.get(benchmark.name).load(
         source, benchmark.annotations
     )

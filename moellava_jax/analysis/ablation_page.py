@@ -23,9 +23,9 @@ from absl import app, flags
 from moellava_jax import config
 from moellava_jax.analysis import (
     ablation_cell,
+    ablation_claims,
     ablation_figure,
     ablation_files,
-    ablation_paper,
     ablation_plan,
     ablation_samples,
     ablation_table,
@@ -33,11 +33,6 @@ from moellava_jax.analysis import (
     look,
 )
 
-_VERDICTS = {
-    1: 'reproduced',
-    0: 'not to be told apart',
-    -1: '**the other way round**',
-}
 # Of the embedded task.
 _SMALL = """\
 The paper ([arXiv 2401.15947](https://arxiv.org/abs/2401.15947)) trains models
@@ -49,17 +44,7 @@ reproduced here, that does not refute it.
 _SAMPLE_ROWS = ('moe', 'dense', 'no_stage_2')  # The first chooses.
 
 
-@dataclasses.dataclass(frozen=True)
-class Source:
-  """Where cells are, and of which config and benchmark."""
-
-  config: str
-  cells: str
-  benchmark: str
-  overrides: Mapping[str, Any]  # That the grids were run with.
-
-
-def write(source: Source, out: str) -> pathlib.Path:
+def write(source: ablation_claims.Source, out: str) -> pathlib.Path:
   """Writes the page and what it shows; returns its path.
 
   Raises:
@@ -96,7 +81,9 @@ def write(source: Source, out: str) -> pathlib.Path:
 
 
 def _copy(
-    source: Source, all_grids: Mapping[str, grids.Grid], out: str
+    source: ablation_claims.Source,
+    all_grids: Mapping[str, grids.Grid],
+    out: str,
 ) -> None:
   """The finished cells of all grids, and their questions, to OUT/cells."""
   if pathlib.Path(source.cells).resolve() == pathlib.Path(out).resolve():
@@ -115,14 +102,16 @@ def _copy(
           shutil.copyfile(ablation_cell.path_of(source.cells, file), target)
 
 
-def _contents(source: Source) -> list[dict[str, Any]]:
+def _contents(source: ablation_claims.Source) -> list[dict[str, Any]]:
   """All cells that are kept."""
   paths = sorted((pathlib.Path(source.cells) / 'cells').glob('*.seed*.json'))
   return [ablation_cell.read_json(path) for path in paths]
 
 
 def _head(
-    source: Source, all_grids: Mapping[str, grids.Grid], embedded: bool
+    source: ablation_claims.Source,
+    all_grids: Mapping[str, grids.Grid],
+    embedded: bool,
 ) -> str:
   cells = _contents(source)
   revisions = sorted({str(c['revision']) for c in cells})
@@ -166,7 +155,7 @@ stages of all cells together: {ablation_files.duration(seconds)}.
 def _section(
     grid: grids.Grid,
     table: ablation_table.Table,
-    source: Source,
+    source: ablation_claims.Source,
     out: pathlib.Path,
 ) -> str:
   image = f'{grid.name}.png'
@@ -178,7 +167,7 @@ def _section(
       f'## {grid.title}\n',
       ablation_files.markdown(table),
       f'![{grid.title}]({image})\n',
-      _paper(grid, table, source),
+      ablation_claims.text(grid, table, source),
   ]
   absent = [line.label for line in table.lines if not line.seeds]
   if absent:
@@ -186,104 +175,7 @@ def _section(
   return '\n'.join(part for part in parts if part)
 
 
-def _paper(
-    grid: grids.Grid, table: ablation_table.Table, source: Source
-) -> str:
-  if grid.name == 'table7':
-    return _table7(grid, table, source)
-  if grid.name not in ablation_paper.TABLES:
-    return 'The paper has no numbers for this.\n'
-  paper = ablation_paper.TABLES[grid.name]
-  labels = {line.row: line.label for line in table.lines}
-  rows = [
-      ['paper', *paper.columns],
-      ['---', *('---:' for _ in paper.columns)],
-      *(
-          [
-              labels[key],
-              *(
-                  _cell(name, v)
-                  for name, v in zip(paper.columns, values, strict=True)
-              ),
-          ]
-          for key, values in paper.rows.items()
-      ),
-  ]
-  lines = [f'| {" | ".join(row)} |\n' for row in rows]
-  claims = []
-  for better, worse in paper.claims:
-    above, equal, below = ablation_paper.wins(
-        ablation_paper.scores(grid.name, better),
-        ablation_paper.scores(grid.name, worse),
-    )
-    said = f'"{labels[better]}" above "{labels[worse]}" on {above}'
-    said += f' of {above + equal + below} benchmarks'
-    said += f', equal on {equal}' if equal else ''
-    claims.append(
-        f'- Paper: {said}. Here:'
-        f' {_here(grid, table, source, better, worse)}.\n'
-    )
-  return ''.join([*lines, '\n', *claims])
-
-
-def _cell(column: str, value: float | None) -> str:
-  if value is None:
-    return '-'
-  return f'{value:.0f}' if column == ablation_paper.HOURS else f'{value:.1f}'
-
-
-def _table7(
-    grid: grids.Grid, table: ablation_table.Table, source: Source
-) -> str:
-  """The paper's models are others; the claim is the same for every size."""
-  columns = ablation_paper.TABLE_7_COLUMNS
-  rows = [['paper', *columns], ['---', *('---:' for _ in columns)]]
-  counts = []
-  for name, (dense, sparse) in ablation_paper.TABLE_7.items():
-    for kind, values in (('dense', dense), ('MoE', sparse)):
-      cells = [_cell(c, v) for c, v in zip(columns, values, strict=True)]
-      rows.append([f'{name}, {kind}', *cells])
-    above, equal, below = ablation_paper.wins(sparse, dense)
-    counts.append(f'{name} on {above} of {above + equal + below}')
-  lines = [f'| {" | ".join(row)} |\n' for row in rows]
-  labels = {line.row: line.label for line in table.lines}
-  claims = [f'- Paper: MoE above dense, {", ".join(counts)} benchmarks.\n']
-  claims += [
-      f'- Here, {labels[sparse]} against {labels[dense]}:'
-      f' {_here(grid, table, source, sparse, dense)}.\n'
-      for sparse, dense in grid.against.items()
-  ]
-  return ''.join([*lines, '\n', *claims])
-
-
-def _here(
-    grid: grids.Grid,
-    table: ablation_table.Table,
-    source: Source,
-    better: str,
-    worse: str,
-) -> str:
-  """What our cells say about `better` being above `worse`, by metric."""
-  pair = tuple(row for row in grid.rows if row.key in (better, worse))
-  between = ablation_table.collect(
-      dataclasses.replace(grid, rows=pair, against={better: worse}),
-      source.config,
-      range(grid.seeds),
-      source.cells,
-      source.benchmark,
-      {},
-  )
-  (line,) = (line for line in between.lines if line.row == better)
-  said = [
-      f'{metric} {ablation_files.difference(value.interval)}:'
-      f' {_VERDICTS[value.interval.verdict]}'
-      for metric, value in line.metrics.items()
-      if value.interval is not None
-  ]
-  return '; '.join(said) or 'not finished'
-
-
-def _samples(source: Source, out: str) -> str:
+def _samples(source: ablation_claims.Source, out: str) -> str:
   """Questions and answers of the first seed; '' if none were kept."""
   known = {row.key: row for row in grids.get('table5', True).rows}
   wanted = grids.Grid(
@@ -339,7 +231,7 @@ def main(argv: Sequence[str]) -> int:
   values = flags.FLAGS
   if values['config'].value is None:
     raise app.UsageError('--config=FILE is required.')
-  source = Source(
+  source = ablation_claims.Source(
       config_flags.get_config_filename(values['config']),
       values.cells,
       values.benchmark,

@@ -10,7 +10,11 @@ import shutil
 from typing import Any
 
 from moellava_jax import run_folder
-from moellava_jax.analysis import ablation_cell, ablation_plan
+from moellava_jax.analysis import (
+    ablation_cell,
+    ablation_commands,
+    ablation_plan,
+)
 from moellava_jax.evals import base, shapes
 
 _RIGHT = 1  # Of each category, questions that the first row got right,
@@ -34,7 +38,7 @@ def collect(
     out: gets samples/.
   """
   data = pathlib.Path(cells[0].run.data(source))
-  folders = [pathlib.Path(ablation_plan.answers(c, source)) for c in cells]
+  folders = [pathlib.Path(ablation_commands.answers(c, source)) for c in cells]
   if not data.is_dir() or not all(folder.is_dir() for folder in folders):
     return []
   found: list[Sample] = []

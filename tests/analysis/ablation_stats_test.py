@@ -44,6 +44,8 @@ def test_counts_give_the_scores_of_evaluation():
   ).values()
   expected = pope.rates(questions, answers)['f1_mean']
   assert ablation_stats.of_part(part) == pytest.approx(expected, abs=1e-12)
+  images = len({question.image for question in questions})
+  assert ablation_stats.counts(part).shape == (images, 3 * 3)
 
   exact = [
       base.Question(

@@ -14,6 +14,8 @@ import pytest
 from moellava_jax import config
 from moellava_jax.analysis import (
     ablation,
+    ablation_claims,
+    ablation_commands,
     ablation_figure,
     ablation_files,
     ablation_jobs,
@@ -25,7 +27,7 @@ from moellava_jax.analysis import (
 FAKE = pathlib.Path(__file__).parent / 'fake_commands.py'
 ROOT = FAKE.parents[2]
 SHAPES, QWEN = 'configs/shapes.py', 'configs/qwen_1_8b.py'
-BENCHMARK = ablation_plan.Benchmark('shapes', None, None, None)
+BENCHMARK = ablation_commands.Benchmark('shapes', None, None, None)
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +60,7 @@ def start(tmp_path):
         **{'cell': None, 'dry_run': False, 'collect_only': False, **more},
     )
     call = (sys.executable, str(FAKE), str(tmp_path / 'calls'))
-    commands = ablation_plan.Commands((*call, 'train'), (*call, 'evaluate'))
+    commands = ablation_commands.Commands((*call, 'train'), (*call, 'evaluate'))
     return ablation.run(options, commands)
 
   return run
@@ -338,14 +340,16 @@ def test_real_models_need_questions():
   grid = grids.get('table6c', False)
   cell, *_ = ablation_plan.cells(grid, QWEN, [0], {'init.lm': 'hf:a/b'})
   with pytest.raises(config.UserError, match='--questions=FILE'):
-    ablation_plan.sources(cell, 'OUT', BENCHMARK)
-  gqa = ablation_plan.Benchmark('gqa', 'q.jsonl', 'images', 'labels.json')
-  command = ablation_plan.eval_command(cell, 'OUT', gqa, ablation_plan.COMMANDS)
+    ablation_commands.sources(cell, 'OUT', BENCHMARK)
+  gqa = ablation_commands.Benchmark('gqa', 'q.jsonl', 'images', 'labels.json')
+  command = ablation_commands.eval_command(
+      cell, 'OUT', gqa, ablation_commands.COMMANDS
+  )
   flags = ('--benchmark=gqa', '--questions=q.jsonl', '--images=images')
   assert {*flags, '--annotations=labels.json'} <= set(command)
   # Weights of others go to the first run; those after it start from ours.
   first, *_, last = (
-      ablation_plan.train_command(run, 'OUT', ablation_plan.COMMANDS)
+      ablation_commands.train_command(run, 'OUT', ablation_commands.COMMANDS)
       for run in cell.run.chain
   )
   assert '--config.init.lm=hf:a/b' in first
@@ -357,7 +361,7 @@ def test_real_models_need_questions():
 def test_the_page_compares_with_the_paper(tmp_path, start):
   assert start(seeds=2) == 0
   out = tmp_path / 'page'
-  source = ablation_page.Source(SHAPES, str(tmp_path / 'out'), 'shapes', {})
+  source = ablation_claims.Source(SHAPES, str(tmp_path / 'out'), 'shapes', {})
   text = ablation_page.write(source, str(out)).read_text()
   assert '## Table 6c' in text and '## Table 5' not in text
   assert 'Not run yet: table5, table6a' in text
@@ -368,7 +372,7 @@ def test_the_page_compares_with_the_paper(tmp_path, start):
   assert (out / 'table6c.png').exists()
   assert len(list((out / 'cells').glob('*.seed*.json'))) == 4
   # From what was kept alone it is the same page.
-  again = ablation_page.Source(SHAPES, str(out), 'shapes', {})
+  again = ablation_claims.Source(SHAPES, str(out), 'shapes', {})
   assert ablation_page.write(again, str(out)).read_text() == text
 
 
@@ -376,7 +380,7 @@ def test_the_page_compares_with_the_paper(tmp_path, start):
 def test_samples_are_chosen_by_rule(tmp_path, start):
   assert start('table5', seeds=1) == 0
   out = tmp_path / 'page'
-  source = ablation_page.Source(SHAPES, str(tmp_path / 'out'), 'shapes', {})
+  source = ablation_claims.Source(SHAPES, str(tmp_path / 'out'), 'shapes', {})
   text = ablation_page.write(source, str(out)).read_text()
   assert '## Questions and answers (seed 0)' in text
   content = json.loads((out / 'samples' / 'samples.json').read_text())
