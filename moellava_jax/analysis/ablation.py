@@ -19,14 +19,19 @@ Real models are asked a benchmark of evals.main; --config.* go to every run:
       --grid=table6c --seeds=3 --out=runs/qwen_top_k \
       --benchmark=gqa --questions=F --images=DIR
 
-On several devices: --devices=0,1,2,3 runs a cell on each. As independent jobs,
-with OUT on a disk that all of them see, one cell each; then the table:
+On several devices: --devices=0,1,2,3 runs a command on each. Through a launch
+script, which trains on all devices of a machine or on several machines:
 
-  sbatch --array=0-14 ...  python -m moellava_jax.analysis.ablation ... \
-      --cell=$SLURM_ARRAY_TASK_ID
+  --launch='bash launch/local.sh'
+  --launch='sbatch --wait --nodes=2 launch/slurm.sbatch' --jobs=4
+
+As independent jobs, with OUT on a disk that all of them see, one cell each,
+numbered as --dry_run lists them; then the table:
+
+  python -m moellava_jax.analysis.ablation ... --cell=$SLURM_ARRAY_TASK_ID
   python -m moellava_jax.analysis.ablation ... --collect_only
 
---cell takes a number, as --dry_run lists them, or ROW:SEED. Jobs that need the
+--cell takes ROW:SEED too. Jobs that need the
 same stage wait for each other, where the disk knows locks; elsewhere run one
 cell of each seed first.
 
@@ -38,6 +43,7 @@ from collections.abc import Mapping, Sequence
 import dataclasses
 import os
 import pathlib
+import shlex
 import sys
 from typing import Any
 
@@ -220,6 +226,9 @@ def define_flags() -> None:
   flags.DEFINE_string('annotations', None, 'Its labels, as for evals.main.')
   flags.DEFINE_integer('jobs', 1, 'Commands at a time.', lower_bound=1)
   flags.DEFINE_list('devices', [], 'GPUs; a command at a time on each.')
+  flags.DEFINE_string(
+      'launch', '', 'Trains with this, which takes CONFIG -- FLAGS.'
+  )
   flags.DEFINE_string('cell', None, 'Only this one: its number or ROW:SEED.')
   flags.DEFINE_bool('dry_run', False, 'Print every command, run none.')
   flags.DEFINE_bool('collect_only', False, 'Only write the table.')
@@ -252,7 +261,9 @@ def main(argv: Sequence[str]) -> int:
       collect_only=values.collect_only,
   )
   try:
-    return run(options)
+    launch = tuple(shlex.split(values.launch))
+    commands = dataclasses.replace(ablation_commands.COMMANDS, launch=launch)
+    return run(options, commands)
   except config.UserError as error:
     print(f'error: {error}', file=sys.stderr)
     return 1

@@ -21,6 +21,8 @@ class Commands:
 
   train: tuple[str, ...]
   evaluate: tuple[str, ...]
+  # A launch script in place of `train`: it takes CONFIG -- FLAGS.
+  launch: tuple[str, ...] = ()
 
 
 COMMANDS = Commands(
@@ -64,14 +66,12 @@ def train_command(
       else value
       for name, value in run.overrides
   }
-  return [
-      *commands.train,
-      f'--config={run.config}',
-      *(
-          f'--config.{name}={value}'
-          for name, value in {**own, **settings}.items()
-      ),
+  flags = [
+      f'--config.{name}={value}' for name, value in {**own, **settings}.items()
   ]
+  if commands.launch:
+    return [*commands.launch, run.config, '--', *flags]
+  return [*commands.train, f'--config={run.config}', *flags]
 
 
 def eval_command(

@@ -87,16 +87,18 @@ def _close(interval, all_differences):
 
 
 def test_interval_of_one_seed_is_that_of_all_resamples():
-  ours, theirs = [1, 1, 0, 1, 1], [0, 1, 0, 0, 1]
-  gaps = np.subtract(ours, theirs)
-  every = [np.mean(drawn) for drawn in itertools.product(gaps, repeat=5)]
+  # Shares of right answers; odd ones, lest draws coincide.
+  ours, theirs = np.random.default_rng(4).random((2, 5))
+  gaps = ours - theirs
+  every = [
+      sum(drawn) / 5 for drawn in itertools.product(gaps.tolist(), repeat=5)
+  ]
   found = ablation_stats.paired('exact', [_exact(ours)], [_exact(theirs)])
-  assert found.difference == pytest.approx(2 / 5)
+  assert found.difference == pytest.approx(np.mean(gaps))
   _close(found, every)
 
 
 def test_interval_of_several_seeds_draws_seeds_and_then_images():
-  # Shares of right answers; odd ones, lest draws coincide.
   rng = np.random.default_rng(3)
   ours, theirs = rng.random((2, 2, 3))
   gaps = np.subtract(ours, theirs)

@@ -336,6 +336,22 @@ def test_of_two_that_want_the_same_job_one_runs_it(tmp_path):
   assert ran.read_text() == 'ran\n'
 
 
+def test_launch_scripts_take_the_flags_of_training():
+  cell, *_ = ablation_plan.cells(grids.get('table5', True), SHAPES, [0], {})
+  launch = ('bash', 'launch/local.sh')
+  commands = ablation_commands.Commands((), (), launch)
+  command = ablation_commands.train_command(cell.run, '/out', commands)
+  assert command[:4] == ['bash', 'launch/local.sh', SHAPES, '--']
+  done = subprocess.run(
+      [*command[:3], '--dry-run', *command[3:]],
+      capture_output=True,
+      text=True,
+      check=True,
+  )
+  assert '-m moellava_jax.train.main --config=' in done.stdout
+  assert '--config.moe.steps=3200' in done.stdout
+
+
 def test_real_models_need_questions():
   grid = grids.get('table6c', False)
   cell, *_ = ablation_plan.cells(grid, QWEN, [0], {'init.lm': 'hf:a/b'})
