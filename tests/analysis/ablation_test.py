@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Grids: what is trained, how often, and what is left when something breaks."""
 
+import contextlib
 import csv
 import json
 import pathlib
@@ -258,7 +259,9 @@ def test_a_failed_shared_stage_fails_its_cells_once(tmp_path, start, capsys):
   assert start('table5', seeds=1) == 1
   assert _count(tmp_path, "('finetune',)") == 2
   assert (tmp_path / 'out' / 'cells' / 'no_stage_2.seed0.json').exists()
-  assert 'FAILED moe.seed0' in capsys.readouterr().err
+  error = capsys.readouterr().err
+  assert 'FAILED moe.seed0' in error and error.count('no such thing') == 2
+  assert _count(tmp_path, 'evaluate') == 1  # Of the row without stage II.
 
 
 @pytest.mark.usefixtures('no_figures')
@@ -304,12 +307,17 @@ def test_one_cell_at_a_time_for_job_arrays(tmp_path, start, capsys):
 
 
 def test_of_two_that_want_the_same_job_one_runs_it(tmp_path):
-  # The command of one is under way while the other asks for the same job.
-  done = tmp_path / 'done'
+  # Without a lock both would ask at the same time whether it is done.
+  done, both = tmp_path / 'done', threading.Barrier(2)
+
+  def is_done():
+    with contextlib.suppress(threading.BrokenBarrierError):
+      both.wait(timeout=2)
+    return done.exists()
+
   code = (
       'import pathlib, sys\n'
       'with open(sys.argv[1], "a") as f: f.write("ran\\n")\n'
-      'sys.stdin.read()\n'
       'pathlib.Path(sys.argv[2]).touch()\n'
   )
   ran = tmp_path / 'ran'
@@ -318,7 +326,7 @@ def test_of_two_that_want_the_same_job_one_runs_it(tmp_path):
       (sys.executable, '-c', code, str(ran), str(done)),
       tmp_path / 'job.log',
       (),
-      done.exists,
+      is_done,
       lambda: None,
   )
   failures = []
