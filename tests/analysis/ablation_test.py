@@ -208,7 +208,7 @@ def test_tables_say_what_the_cells_say(tmp_path, start, capsys):
   assert f1 == pytest.approx([6 / 7] * 2)
   assert baseline['metrics']['exact match']['interval'] is None
   assert (top_1['activated'], top_1['total']) == (150_000, 200_000)
-  assert (top_1['seconds'], top_1['seconds_before']) == (1.5, 1.5 + 2.5 + 1.5)
+  assert (top_1['seconds'], top_1['seconds_before']) == (4.5, 1.5 + 2.5 + 3.5)
   rows = list(csv.DictReader((folder / 'table.csv').read_text().splitlines()))
   (mean,) = (
       row

@@ -14,6 +14,7 @@ import pathlib
 import signal
 import sys
 
+SECONDS = {'warmup': 1.5, 'pretrain': 2.5, 'finetune': 3.5, 'moe': 4.5}
 QUESTIONS = 6  # Of each file; on three images.
 
 
@@ -46,11 +47,11 @@ def train(flags):
     assert pathlib.Path(before).is_dir(), f'{before} is not trained yet'
   names = flags['config.stages'].strip('(),').replace("'", '').split(', ')
   stages = {}
-  for i, name in enumerate(names):
+  for name in names:
     (run / name / 'final').mkdir(parents=True)
     stages[name] = {
         'steps': 10,
-        'seconds': 1.5 + i,
+        'seconds': SECONDS[name],
         'llm_total_parameters': 200_000,
         'llm_activated_parameters': 150_000,
     }
