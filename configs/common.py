@@ -73,6 +73,7 @@ def stage() -> Any:
   c.projector_lr = config_dict.placeholder(float)
   c.eval_every = 500
   c.eval_batches = 8
+  c.whole_lm = False  # Of stage III: True trains more than FFNs and experts.
   return c
 
 

@@ -27,7 +27,10 @@ Ablations of the paper (tables 5 and 6), each an override of stage III:
   --config.model.moe.aux_loss_weight=0.0
   --config.model.moe.second_choice=argmax  the original samples it
   --config.model.moe.upcycle=random        experts that are no copies
+  --config.moe.whole_lm=True               more than FFNs and experts
   --config.model.moe.use_residual=True     PR-MoE
+
+The grids of `python -m moellava_jax.analysis.ablation` run and compare them.
 """
 
 import ml_collections

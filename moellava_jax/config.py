@@ -285,6 +285,9 @@ class StageConfig:
   projector_lr: float | None
   eval_every: int
   eval_batches: int
+  # Stage III: all of the LM is trained, not only its FFNs and experts (the row
+  # "All" of the paper's Table 6a).
+  whole_lm: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -455,6 +458,10 @@ def _check_data(cfg: TrainConfig) -> None:
   for name in STAGES:
     if getattr(cfg, name) is None:
       continue
+    if name != 'moe' and cfg.stage(name).whole_lm:
+      raise UserError(
+          f'config.{name}.whole_lm is set, but only stage moe has the choice.'
+      )
     where = cfg.stage_data(name)
     files = len(where.json.split(','))
     if where.weights is not None and (
@@ -544,6 +551,26 @@ _VOLATILE = (
 )
 
 
+def settings(cfg: TrainConfig, stage: str) -> dict[str, Any]:
+  """What decides the parameters of `stage`: dotted path -> value.
+
+  Those of the stages before it belong to it; paths are relative to RUN.
+  """
+  later = STAGES[STAGES.index(stage) + 1 :]
+  flat = {}
+  for path, value in _flatten(dataclasses.asdict(cfg)):
+    if path.startswith(_VOLATILE) or path.split('.')[0] in later:
+      continue
+    if path.endswith(('eval_every', 'eval_batches', 'eval_json')):
+      continue
+    if stage != 'moe' and path.startswith('model.moe.'):
+      continue
+    if isinstance(value, str):
+      value = value.replace(cfg.workdir, 'RUN')
+    flat[path] = value
+  return flat
+
+
 def differences(
     saved: TrainConfig, current: TrainConfig, stage: str
 ) -> list[str]:
@@ -552,23 +579,7 @@ def differences(
   Paths inside the run directory are compared relative to it, so that a run may
   be moved. Sections of later stages do not matter.
   """
-  later = STAGES[STAGES.index(stage) + 1 :]
-
-  def settings(cfg: TrainConfig) -> dict[str, Any]:
-    flat = {}
-    for path, value in _flatten(dataclasses.asdict(cfg)):
-      if path.startswith(_VOLATILE) or path.split('.')[0] in later:
-        continue
-      if path.endswith(('eval_every', 'eval_batches', 'eval_json')):
-        continue
-      if stage != 'moe' and path.startswith('model.moe.'):
-        continue
-      if isinstance(value, str):
-        value = value.replace(cfg.workdir, 'RUN')
-      flat[path] = value
-    return flat
-
-  old, new = settings(saved), settings(current)
+  old, new = settings(saved, stage), settings(current, stage)
   return [
       f'{path}: {old.get(path)!r} in the checkpoint, {new.get(path)!r} now'
       for path in sorted(old.keys() | new.keys())

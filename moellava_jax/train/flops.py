@@ -59,7 +59,7 @@ def of_step(cfg: config.TrainConfig, stage: str, params: Any) -> StepFlops:
     stage: its name.
     params: any tree with the paths of all parameters.
   """
-  trained = trees.flatten(stages.mask(params, stage))
+  trained = trees.flatten(stages.mask(params, stage, cfg.stage(stage).whole_lm))
 
   def trains(pattern: str) -> bool:
     return any(on and re.match(pattern, p) for p, on in trained.items())

@@ -111,7 +111,9 @@ class _StateBytes:
     self._model = cfg.model
     self._boxed = init.boxed(llava.Llava(cfg.stage_model(stage)), probe)
     leaves = trees.flatten(nn.get_partition_spec(self._boxed))
-    self._trained = trees.flatten(stages.mask(trees.unflatten(leaves), stage))
+    self._trained = trees.flatten(
+        stages.mask(trees.unflatten(leaves), stage, cfg.stage(stage).whole_lm)
+    )
 
   def on(self, mesh) -> int:
     places = trees.flatten(sharding.of_parameters(self._boxed, mesh))

@@ -79,7 +79,8 @@ class Program:
 
   def split(self, params: Any) -> tuple[Any, Any]:
     """(trained, frozen) parts of a tree of all parameters."""
-    return trees.split(params, stages.mask(params, self._stage))
+    whole_lm = self._cfg.stage(self._stage).whole_lm
+    return trees.split(params, stages.mask(params, self._stage, whole_lm))
 
   def freeze(self, frozen: Any) -> Any:
     """The frozen part as the step takes it, see `frozen_dtype`.

@@ -115,7 +115,9 @@ def _traced(
   module = llava.Llava(model)
   probe = program.probe_sizes(stage)
   params = init.abstract(module, probe)
-  trained, frozen = trees.split(params, stages.mask(params, stage))
+  trained, frozen = trees.split(
+      params, stages.mask(params, stage, cfg.stage(stage).whole_lm)
+  )
 
   def backward(trained, frozen, batch):
     def loss(trained):

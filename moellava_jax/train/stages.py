@@ -36,8 +36,13 @@ STAGES = {
 }
 
 
-def mask(params: Any, stage: str) -> Any:
+def mask(params: Any, stage: str, whole_lm: bool = False) -> Any:
   """Returns `params` with every leaf replaced by whether `stage` trains it.
+
+  Args:
+    params: any tree with the paths of all parameters.
+    stage: its name.
+    whole_lm: of the stage's section; True trains the LM as stage II does.
 
   Raises:
     ValueError: an unknown stage, a leaf that no pattern matches, or a pattern
@@ -45,10 +50,11 @@ def mask(params: Any, stage: str) -> Any:
   """
   if stage not in STAGES:
     raise ValueError(f'Unknown stage {stage!r}; expected {sorted(STAGES)}.')
-  unused = {pattern for pattern, _ in STAGES[stage]}
+  table = STAGES['finetune' if whole_lm else stage]
+  unused = {pattern for pattern, _ in table}
 
   def is_trained(path, _):
-    for pattern, trained in STAGES[stage]:
+    for pattern, trained in table:
       if re.fullmatch(pattern, path):
         unused.discard(pattern)
         return trained

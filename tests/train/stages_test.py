@@ -4,9 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moellava_jax import config, trees
+from moellava_jax import config, sharding, trees
 from moellava_jax.model import llava
-from moellava_jax.train import diagnose, optimizer, stages
+from moellava_jax.train import diagnose, optimizer, program, stages
 from moellava_jax.train import state as state_lib
 from moellava_jax.train import step as step_lib
 from tests import tiny
@@ -97,6 +97,24 @@ def test_sets_of_the_original():
           for x in ('kernel', 'bias')
       ),
   }
+
+
+def test_stage_3_may_train_the_whole_lm():
+  params = _setting('moe')[2]
+  usual = trees.flatten(stages.mask(params, 'moe'))
+  whole = trees.flatten(stages.mask(params, 'moe', whole_lm=True))
+  more = {path for path in whole if whole[path] and not usual[path]}
+  assert all(path.startswith('llm/') for path in more)
+  assert 'llm/embedding' in more and 'llm/layers_0/attn/q_kernel' in more
+  assert {p for p, on in whole.items() if not on} == {
+      p for p in whole if p.startswith('vision/')
+  }
+  cfg = tiny.train_config(moe__whole_lm=True)
+  what = program.Program(cfg, 'moe', sharding.make_mesh(cfg.mesh), 10)
+  trained, frozen = what.split(what.shardings)
+  assert trained.keys() == {'projector', 'llm'} and frozen.keys() == {'vision'}
+  with pytest.raises(config.UserError, match='only stage moe'):
+    tiny.train_config(finetune__whole_lm=True)
 
 
 def _moments(opt_state):
