@@ -125,7 +125,8 @@ class MoeConfig:
   eval_second_choice: Literal['sampled', 'argmax']
   aux_loss_weight: float
   z_loss_weight: float
-  dispatch: Literal['einsum']
+  # How tokens get to their experts; see `model.dispatch`.
+  dispatch: Literal['einsum', 'index']
   upcycle: Literal['copy', 'random']
   # Top-1 only: when an expert overflows, random tokens stay and not the first
   # (DeepSpeed's `use_rts`).

@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 
 from moellava_jax import config, trees
 from moellava_jax.data import shapes
-from moellava_jax.model import moe as moe_lib
-from moellava_jax.model import projector
+from moellava_jax.model import projector, routing
 from moellava_jax.train import stages
 
 
@@ -186,8 +185,8 @@ def _slots(
   """(slots of a sparse layer in a step, sum over groups of S E C)."""
   assert section.row_length is not None
   rows = section.batch_size // section.accumulate
-  plan = moe_lib.grouping(moe, rows, section.row_length)
-  slots = moe_lib.capacity(
+  plan = routing.grouping(moe, rows, section.row_length)
+  slots = routing.capacity(
       plan.size,
       moe.num_experts,
       moe.top_k,
