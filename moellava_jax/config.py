@@ -125,8 +125,9 @@ class MoeConfig:
   eval_second_choice: Literal['sampled', 'argmax']
   aux_loss_weight: float
   z_loss_weight: float
-  # How tokens get to their experts; see `model.dispatch`.
-  dispatch: Literal['einsum', 'index']
+  # How tokens get to their experts. einsum and index give the same results, by
+  # products and by gathers; ragged drops nothing, whatever capacity_factor is.
+  dispatch: Literal['einsum', 'index', 'ragged']
   upcycle: Literal['copy', 'random']
   # Top-1 only: when an expert overflows, random tokens stay and not the first
   # (DeepSpeed's `use_rts`).

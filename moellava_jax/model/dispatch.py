@@ -75,9 +75,9 @@ def index(
   """The layer by gathers, fp32 `[G, S, D]`; sums are fp32."""
   experts_count = routing.probs_GSE.shape[-1]
   place_GSk, filled_GEC = places(routing, slots, experts_count)
-  x_EGCD = _to_slots(x_GSD.astype(dtype), place_GSk, filled_GEC)
+  x_EGCD = to_slots(x_GSD.astype(dtype), place_GSk, filled_GEC)
   y_EGCD = _exchange(x_EGCD, experts, dtype)
-  return _from_slots(y_EGCD, routing.weight_GSk, place_GSk, filled_GEC)
+  return from_slots(y_EGCD, routing.weight_GSk, place_GSk, filled_GEC)
 
 
 def _exchange(x_EGCD: jax.Array, experts: Buckets, dtype) -> jax.Array:
@@ -144,7 +144,7 @@ def _rows(x_GND: jax.Array, index_GM: jax.Array) -> jax.Array:
 
 
 @jax.custom_vjp
-def _to_slots(x_GSD, place_GSk, filled_GEC):
+def to_slots(x_GSD, place_GSk, filled_GEC):
   """What fills each slot, `[E, G, C, D]`; empty ones are 0."""
   groups, experts, slots = filled_GEC.shape
   index_GZ = filled_GEC.reshape(groups, -1) // place_GSk.shape[-1]
@@ -154,7 +154,7 @@ def _to_slots(x_GSD, place_GSk, filled_GEC):
 
 
 def _to_slots_forward(x_GSD, place_GSk, filled_GEC):
-  return _to_slots(x_GSD, place_GSk, filled_GEC), (place_GSk,)
+  return to_slots(x_GSD, place_GSk, filled_GEC), (place_GSk,)
 
 
 def _to_slots_backward(kept, grad_EGCD):
@@ -164,7 +164,7 @@ def _to_slots_backward(kept, grad_EGCD):
   return grad_GSD, None, None
 
 
-_to_slots.defvjp(_to_slots_forward, _to_slots_backward)
+to_slots.defvjp(_to_slots_forward, _to_slots_backward)
 
 
 def _of_choices(x_EGCD, place_GSk):
@@ -176,7 +176,7 @@ def _of_choices(x_EGCD, place_GSk):
 
 
 @jax.custom_vjp
-def _from_slots(y_EGCD, weight_GSk, place_GSk, filled_GEC):
+def from_slots(y_EGCD, weight_GSk, place_GSk, filled_GEC):
   """The sum of a token's results by weight, fp32 `[G, S, D]`."""
   del filled_GEC
   y_GSkD = _of_choices(y_EGCD, place_GSk).astype(jnp.float32)
@@ -184,7 +184,7 @@ def _from_slots(y_EGCD, weight_GSk, place_GSk, filled_GEC):
 
 
 def _from_slots_forward(y_EGCD, weight_GSk, place_GSk, filled_GEC):
-  y_GSD = _from_slots(y_EGCD, weight_GSk, place_GSk, filled_GEC)
+  y_GSD = from_slots(y_EGCD, weight_GSk, place_GSk, filled_GEC)
   return y_GSD, (y_EGCD, weight_GSk, place_GSk, filled_GEC)
 
 
@@ -203,4 +203,4 @@ def _from_slots_backward(kept, grad_GSD):
   return jnp.swapaxes(grad_GECD, 0, 1), grad_GSk, None, None
 
 
-_from_slots.defvjp(_from_slots_forward, _from_slots_backward)
+from_slots.defvjp(_from_slots_forward, _from_slots_backward)

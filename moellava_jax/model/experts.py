@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""E feed-forward networks: their parameters, and what they make of buckets.
+"""E feed-forward networks: their parameters, and their products.
 
 The products are functions of the parameters, because what is computed from
-them differs: all slots of all experts, blocks of rows, a few chosen experts.
-Experts come first in the arrays, as a batched product wants them: anywhere
-else, every product would transpose what it reads and what it writes.
+them differs: all slots of all experts, every expert of every token, only the
+experts that were chosen. Experts come first in the arrays, as a batched product
+wants them: anywhere else, every product would transpose what it reads and what
+it writes.
+
+Letters: G groups, C slots of an expert, N tokens, k choices per token.
 """
 
 from typing import NamedTuple
 
 import flax.linen as nn
+from flax.linen import spmd
 import jax
 import jax.numpy as jnp
 
@@ -100,3 +104,65 @@ def buckets(
 
   hidden = activate(kind, tuple(linear(x_EGCD, one) for one in weights.up))
   return linear(hidden, weights.down)
+
+
+def every(
+    weights: Weights,
+    kind: str,
+    x_ND: jax.Array,
+    weight_NE: jax.Array,
+    dtype: jnp.dtype,
+) -> jax.Array:
+  """The sum over all experts of each token by weight, fp32 `[N, D]`.
+
+  As many products as buckets that never drop would take (C = S), and nothing to
+  be carried: a weight of 0 does what an empty slot does.
+  """
+  shape = (weight_NE.shape[-1], 1, *x_ND.shape)
+  spread = None if len(x_ND) == 1 else 'expert_batch'
+  x_E1ND = spmd.with_logical_constraint(
+      jnp.broadcast_to(x_ND, shape), ('expert', None, spread, None)
+  )
+  y_E1ND = buckets(weights, kind, x_E1ND, dtype).astype(dtype)
+  weight_EN1 = weight_NE.T[..., None]
+  return jnp.sum(y_E1ND[:, 0].astype(jnp.float32) * weight_EN1, axis=0)
+
+
+def chosen(
+    weights: Weights,
+    kind: str,
+    x_ND: jax.Array,
+    choice_Nk: jax.Array,
+    weight_Nk: jax.Array,
+    dtype: jnp.dtype,
+) -> jax.Array:
+  """The same for one or two tokens: only what they chose is read."""
+
+  def one(x_D, expert, weight):
+    own = jax.tree.map(
+        lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, expert, 1), weights
+    )
+    y_1D = buckets(own, kind, x_D[None, None, None], dtype)[0, 0]
+    return y_1D.astype(dtype).astype(jnp.float32) * weight
+
+  tokens, top_k = choice_Nk.shape
+  return jnp.concatenate(
+      [
+          sum(
+              one(x_ND[n], choice_Nk[n, i], weight_Nk[n, i])
+              for i in range(top_k)
+          )
+          for n in range(tokens)
+      ]
+  )
+
+
+def reads_less(tokens: int, top_k: int, num_experts: int) -> bool:
+  """Whether `chosen` moves fewer weights than `every`.
+
+  A CPU copies the weights of an expert before it multiplies with them: they
+  are read, written and read again. D=256, F=1024, E=4, k=2, one token: 0.85 ms
+  against the 0.51 ms of all experts.
+  """
+  moved = tokens * top_k * (3 if layers.platform() == 'cpu' else 1)
+  return moved < num_experts or (moved == num_experts and tokens <= 2)

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from moellava_jax import config
-from moellava_jax.model import dispatch, layers
+from moellava_jax.model import dispatch, layers, ragged
 from moellava_jax.model import experts as experts_lib
 from moellava_jax.model import routing as routing_lib
 
@@ -155,7 +155,7 @@ class Moe(nn.Module):
     logits_GSE = Router(cfg.num_experts, name='router')(x_GSD)
     factor = cfg.capacity_factor if train else cfg.eval_capacity_factor
     slots = plan.size  # A token takes at most one slot of an expert.
-    if factor is not None:
+    if factor is not None and cfg.dispatch != 'ragged':
       slots = routing_lib.capacity(
           plan.size, cfg.num_experts, cfg.top_k, factor, cfg.min_capacity
       )
@@ -172,16 +172,10 @@ class Moe(nn.Module):
     weights = experts_lib.Experts(
         self.kind, self.width, self.use_bias, cfg.num_experts, name='experts'
     )(x_BTD.shape[-1])
-    carry = {'einsum': dispatch.einsum, 'index': dispatch.index}[cfg.dispatch]
-    y_GSD = carry(
-        x_GSD,
-        routing,
-        min(slots, plan.size),
-        functools.partial(
-            experts_lib.buckets, weights, self.kind, dtype=self.dtype
-        ),
-        self.dtype,
-    )
+    if train or slots < plan.size:
+      y_GSD = self._carried(x_GSD, routing, min(slots, plan.size), weights)
+    else:
+      y_GSD = self._where_they_are(x_GSD, routing, weights)
     y_BTD = plan.join(y_GSD)
     if cfg.use_residual:
       y_BTD = self._add_residual(x_BTD, y_BTD)
@@ -202,6 +196,37 @@ class Moe(nn.Module):
         ),
     )
     return y_BTD, aux
+
+  def _carried(self, x_GSD, routing, slots, weights):
+    """By way of the slots of the experts, or of rows sorted by expert."""
+    if self.cfg.dispatch == 'ragged':
+      return ragged.ragged(x_GSD, routing, weights, self.kind, self.dtype)
+    carry = {'einsum': dispatch.einsum, 'index': dispatch.index}
+    experts = functools.partial(
+        experts_lib.buckets, weights, self.kind, dtype=self.dtype
+    )
+    return carry[self.cfg.dispatch](x_GSD, routing, slots, experts, self.dtype)
+
+  def _where_they_are(self, x_GSD, routing, weights):
+    """The same where nothing can be dropped, without slots.
+
+    It is so when an answer is generated: a token takes at most one slot of an
+    expert.
+    """
+    x_ND = x_GSD.reshape(-1, x_GSD.shape[-1])
+    cfg = self.cfg
+    choice_Nk, weight_Nk = (
+        x.reshape(-1, cfg.top_k)
+        for x in (routing.choice_GSk, routing.weight_GSk)
+    )
+    which = (weights, self.kind, x_ND)
+    if experts_lib.reads_less(len(x_ND), cfg.top_k, cfg.num_experts):
+      y_ND = experts_lib.chosen(*which, choice_Nk, weight_Nk, self.dtype)
+    else:
+      chosen_NkE = choice_Nk[..., None] == jnp.arange(cfg.num_experts)
+      weight_NE = jnp.sum(chosen_NkE * weight_Nk[..., None], axis=1)
+      y_ND = experts_lib.every(*which, weight_NE, self.dtype)
+    return y_ND.reshape(*x_GSD.shape)
 
   def _noise(self, shape, plan, train, key):
     """(noise_GSE, priority_GSE) of this pass; None where none is asked for.

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from moellava_jax import config, sharding
-from moellava_jax.model import moe
+from moellava_jax.model import experts, moe, ragged
 from tests import tiny
 
 ROWS, LENGTH, WIDTH = 8, 11, 8
@@ -122,10 +122,48 @@ def test_index_equals_the_products(name):
   _close(found, expected)
 
 
+@pytest.mark.parametrize('kind, top_k', [('gelu_tanh', 2), ('swiglu', 1)])
+def test_ragged_equals_the_products_that_drop_nothing(kind, top_k, monkeypatch):
+  monkeypatch.setattr(ragged, 'BLOCK', 4)  # Several for some of the experts.
+  ample = _config(top_k=top_k, capacity_factor=4.0)
+  tight = _config(top_k=top_k, capacity_factor=0.5, dispatch='ragged')
+  found, expected = _run(tight, kind), _run(ample, kind)
+  np.testing.assert_array_equal(found[1].kept_ME, found[1].assigned_ME)
+  _close(found, expected)
+
+
+@pytest.mark.parametrize('kind', ['gelu_tanh', 'swiglu'])
+def test_blocks_equal_grouped_products(kind):
+  rng = np.random.default_rng(0)
+  module = experts.Experts(kind, 12, True, 3)
+  shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), WIDTH))
+  params = jax.tree.map(lambda x: rng.normal(size=x.shape), nn.unbox(shapes))
+  weights = module.apply(jax.tree.map(np.float32, params), WIDTH)
+  # The second has no row, and behind the third there are rows of nobody.
+  size_E = jnp.array([2, 0, 1], jnp.int32) * ragged.BLOCK
+  x_RD = rng.normal(size=(4 * ragged.BLOCK, WIDTH)).astype(np.float32)
+  mine_R1 = np.arange(len(x_RD))[:, None] < 3 * ragged.BLOCK
+
+  def run(which):
+    def loss(weights, x_RD):
+      y_RD = which(weights, x_RD, size_E, kind, jnp.dtype('float32'))
+      return jnp.sum(jnp.where(mine_R1, y_RD, 0) ** 2) / len(x_RD)
+
+    value_and_grad = jax.value_and_grad(loss, argnums=(0, 1))
+    return jax.jit(value_and_grad)(weights, x_RD)
+
+  jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4),
+      run(ragged.blocks),
+      run(ragged.grouped),
+  )
+
+
 MESHES = {
     '8x1': dict(data=8),
     '2x4': dict(data=2, expert=4),
     '2x2x2': dict(fsdp=2, expert=2, tensor=2),
+    'fsdp and tensor': dict(data=2, fsdp=2, tensor=2),
 }
 
 
@@ -135,6 +173,16 @@ MESHES = {
 )
 def test_index_is_the_same_on_every_mesh(name, group):
   cfg = _config(group=group, capacity_factor=0.3)
+  _, stats, _ = _compare(cfg, 'index', name)
+  assert np.sum(stats.kept_ME) < np.sum(stats.assigned_ME)
+
+
+def test_ragged_is_the_same_with_rows_on_several_devices():
+  _compare(_config(capacity_factor=4.0), 'ragged', 'fsdp and tensor')
+
+
+def _compare(cfg, dispatch, name):
+  """Asserts that a mesh gives what one device does by products."""
   expected = _run(cfg)
   sizes = dict(data=1, fsdp=1, expert=1, tensor=1) | MESHES[name]
   mesh = sharding.make_mesh(
@@ -146,9 +194,9 @@ def test_index_is_the_same_on_every_mesh(name, group):
   with sharding.use(mesh):
     params = jax.device_put(params, sharding.of_parameters(boxed, mesh))
     x_BTD = jax.device_put(_input(), sharding.of_batch(mesh))
-    cfg = dataclasses.replace(cfg, dispatch='index')
+    cfg = dataclasses.replace(cfg, dispatch=dispatch)
     program = jax.jit(_program(cfg)).lower(params, x_BTD)
     found = program.compile(compiler_options=FAST)(params, x_BTD)
     (_, (y_BTD, stats)), grads = jax.device_get(found)
-  assert np.sum(stats.kept_ME) < np.sum(stats.assigned_ME)
   _close((y_BTD, stats, grads), expected)
+  return expected
