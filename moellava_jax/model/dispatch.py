@@ -12,6 +12,7 @@ choices per token, N = S k assignments of a group.
 """
 
 from collections.abc import Callable
+import functools
 
 from flax.linen import spmd
 import jax
@@ -49,6 +50,35 @@ def one_hot(
     dispatch_GSEC += place_GSEC.astype(dtype)
     combine_GSEC += (weight_GS11 * place_GSEC).astype(dtype)
   return dispatch_GSEC, combine_GSEC
+
+
+def resolve(dispatch: str, platform: str) -> str:
+  """What 'auto' stands for; other names stand for themselves.
+
+  Only among what gives the same results, so that no setting of a run depends
+  on where it runs.
+  """
+  if dispatch != 'auto':
+    return dispatch
+  name, why = _AUTO.get(platform, _AUTO['cpu'])
+  _announce(f"model.moe.dispatch='auto' is {name!r} on {platform}: {why}")
+  return name
+
+
+_AUTO = {
+    'cpu': (
+        'index',
+        'gathers take less time than products with ones and zeros',
+    ),
+    'gpu': ('index', 'it has no products to carry tokens (not measured)'),
+    'tpu': ('einsum', 'it makes the one-hot factors on the fly (not measured)'),
+}
+
+
+@functools.cache
+def _announce(line: str) -> None:
+  """Prints a line once."""
+  print(line, flush=True)
 
 
 def einsum(

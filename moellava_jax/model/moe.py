@@ -199,13 +199,14 @@ class Moe(nn.Module):
 
   def _carried(self, x_GSD, routing, slots, weights):
     """By way of the slots of the experts, or of rows sorted by expert."""
-    if self.cfg.dispatch == 'ragged':
+    how = dispatch.resolve(self.cfg.dispatch, layers.platform())
+    if how == 'ragged':
       return ragged.ragged(x_GSD, routing, weights, self.kind, self.dtype)
     carry = {'einsum': dispatch.einsum, 'index': dispatch.index}
     experts = functools.partial(
         experts_lib.buckets, weights, self.kind, dtype=self.dtype
     )
-    return carry[self.cfg.dispatch](x_GSD, routing, slots, experts, self.dtype)
+    return carry[how](x_GSD, routing, slots, experts, self.dtype)
 
   def _where_they_are(self, x_GSD, routing, weights):
     """The same where nothing can be dropped, without slots.

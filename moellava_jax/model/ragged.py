@@ -12,6 +12,7 @@ b rows of a block.
 
 import functools
 import math
+from typing import Any
 
 from flax.linen import spmd
 import jax
@@ -86,7 +87,7 @@ def _local(x_GSD, routing, weights, *, kind, dtype):
   place_1Tk, filled_11R, size_E = sort(routing, BLOCK if on_cpu else 1)
   x_1TD = x_GSD.reshape(1, -1, x_GSD.shape[-1]).astype(dtype)
   x_RD = dispatch.to_slots(x_1TD, place_1Tk, filled_11R)[0, 0]
-  run = blocks if on_cpu else grouped
+  run: Any = blocks if on_cpu else grouped
   y_RD = run(weights, x_RD, size_E, kind, dtype).astype(dtype)
   weight_1Tk = routing.weight_GSk.reshape(place_1Tk.shape)
   y_1TD = dispatch.from_slots(

@@ -12,9 +12,11 @@ import math
 import re
 from typing import Any, NamedTuple
 
+import jax
+
 from moellava_jax import config, trees
 from moellava_jax.data import shapes
-from moellava_jax.model import projector, routing
+from moellava_jax.model import dispatch, projector, routing
 from moellava_jax.train import stages
 
 
@@ -134,8 +136,11 @@ class _Decoder:
       gate = moe.num_experts + 2 * moe.use_residual
       self.routers = sparse * 2.0 * tokens * llm.width * gate
       slots, pairs = _slots(moe, section)
-      self.empty = sparse * (slots - tokens * moe.top_k) * ffn
-      self.carried = sparse * pairs * 2.0 * llm.width
+      how = dispatch.resolve(moe.dispatch, jax.default_backend())
+      if how != 'ragged':  # Which leaves no slot empty.
+        self.empty = sparse * (slots - tokens * moe.top_k) * ffn
+      if how == 'einsum':
+        self.carried = sparse * pairs * 2.0 * llm.width
 
   def again(self, trains_attention: bool) -> float:
     """What full rematerialisation computes a second time.

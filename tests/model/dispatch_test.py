@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from moellava_jax import config, sharding
-from moellava_jax.model import experts, moe, ragged
+from moellava_jax.model import dispatch, experts, moe, ragged
 from tests import tiny
 
 ROWS, LENGTH, WIDTH = 8, 11, 8
@@ -200,3 +200,13 @@ def _compare(cfg, dispatch, name):
     (_, (y_BTD, stats)), grads = jax.device_get(found)
   _close((y_BTD, stats, grads), expected)
   return expected
+
+
+def test_auto_says_what_it_is_and_keeps_the_results(capsys):
+  cfg = CASES['top-2 with drops']
+  dispatch._announce.cache_clear()
+  auto = _run(dataclasses.replace(cfg, dispatch='auto'))
+  _run(dataclasses.replace(cfg, dispatch='auto', capacity_factor=0.7))
+  said = capsys.readouterr().out
+  assert said.count("dispatch='auto' is 'index' on cpu: ") == 1
+  _close(auto, _run(dataclasses.replace(cfg, dispatch='index')))
