@@ -125,7 +125,10 @@ class MoeConfig:
   eval_second_choice: Literal['sampled', 'argmax']
   aux_loss_weight: float
   z_loss_weight: float
-  dispatch: Literal['einsum']
+  # How tokens get to their experts. einsum and index give the same results, by
+  # products and by gathers, and auto is the faster of the two; ragged drops
+  # nothing, whatever capacity_factor is.
+  dispatch: Literal['einsum', 'index', 'ragged', 'auto']
   upcycle: Literal['copy', 'random']
   # Top-1 only: when an expert overflows, random tokens stay and not the first
   # (DeepSpeed's `use_rts`).
@@ -391,6 +394,13 @@ def _check(cfg: TrainConfig) -> None:
           f'config.model.moe.top_k is {moe.top_k}; expected 1 to num_experts='
           f'{moe.num_experts}.'
       )
+    if moe.dispatch == 'ragged' and cfg.mesh.expert not in (None, 1):
+      raise UserError(
+          f"config.model.moe.dispatch is 'ragged' and mesh.expert is"
+          f' {cfg.mesh.expert}; expected 1: rows sorted by expert stay on their'
+          ' device, which needs all experts. Set mesh.expert=1, or dispatch to'
+          " 'index'."
+      )
   if cfg.model.loss_chunk < 1:
     raise UserError(
         f'config.model.loss_chunk={cfg.model.loss_chunk}; expected at least 1'
@@ -565,6 +575,8 @@ def settings(cfg: TrainConfig, stage: str) -> dict[str, Any]:
       continue
     if stage != 'moe' and path.startswith('model.moe.'):
       continue
+    if path == 'model.moe.dispatch' and value in ('index', 'auto'):
+      value = 'einsum'  # The same results.
     if isinstance(value, str):
       value = value.replace(cfg.workdir, 'RUN')
     flat[path] = value

@@ -62,6 +62,28 @@ def test_what_is_wrong_is_named(path, value, message):
     config.from_dict(raw)
 
 
+def test_sorted_rows_do_not_go_with_an_expert_axis():
+  raw = shapes.get_config().to_dict()
+  raw['model']['moe']['dispatch'] = 'ragged'
+  raw['mesh']['expert'] = 2
+  with pytest.raises(config.UserError, match="'ragged' and mesh.expert is 2"):
+    config.from_dict(raw)
+  raw['mesh']['expert'] = 1
+  config.from_dict(raw)
+
+
+def test_a_run_may_go_on_with_another_way_of_the_same_results():
+  def saved(dispatch):
+    raw = shapes.get_config().to_dict()
+    raw['model']['moe']['dispatch'] = dispatch
+    return config.from_dict(raw)
+
+  assert not config.differences(saved('einsum'), saved('auto'), 'moe')
+  assert not config.differences(saved('index'), saved('einsum'), 'moe')
+  (line,) = config.differences(saved('einsum'), saved('ragged'), 'moe')
+  assert line.startswith('model.moe.dispatch')
+
+
 def test_a_missing_field_is_an_error():
   raw = shapes.get_config().to_dict()
   del raw['model']['moe']['dispatch']

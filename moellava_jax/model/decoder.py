@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import optax
 
 from moellava_jax import config, trees
-from moellava_jax.model import attention, cross_entropy, layers
+from moellava_jax.model import attention, cross_entropy, dispatch, layers
 from moellava_jax.model import moe as moe_lib
 
 
@@ -30,7 +30,7 @@ def _policy(name: str) -> Callable[..., Any] | None:
       'full': None,
       'dots': policies.dots_saveable,
       'dots_no_batch': policies.dots_with_no_batch_dims_saveable,
-      'expert_io': policies.save_only_these_names(moe_lib.EXPERT_IO),
+      'expert_io': policies.save_only_these_names(dispatch.EXPERT_IO),
       'offload_dots': policies.offload_dot_with_no_batch_dims(
           'device', 'pinned_host'
       ),

@@ -4,7 +4,8 @@
 Letters in this package: B batch, T query positions, S key positions, D width,
 H query heads, K key/value heads, d head size, F MLP width, E experts, C
 capacity, k choices per token, V vocabulary, I images a row, P positions an
-image takes. In `moe.py` alone, G and S are groups and tokens per group.
+image takes. In the files of the sparse layer (`moe.py`, `routing.py`,
+`dispatch.py`, `experts.py`), G and S are groups and tokens per group.
 """
 
 import functools
@@ -108,38 +109,31 @@ _rounded_product.defvjp(_product_forward, _product_backward)
 
 
 class Dense(nn.Module):
-  """A linear map of the last axis; with `experts`, one map per expert.
+  """A linear map of the last axis, `[..., D] -> [..., F]`, kernel `[D, F]`.
 
-  Without experts: `[..., D] -> [..., F]`, kernel `[D, F]`. With experts:
-  `[G, E, C, D] -> [G, E, C, F]`, kernel `[E, D, F]`. The result is fp32,
-  whatever `dtype` the product is taken in.
+  The result is fp32, whatever `dtype` the product is taken in.
   """
 
   features: int
   axes: tuple[str, str]  # Logical names of the kernel's axes.
   use_bias: bool
   dtype: jnp.dtype
-  experts: int | None = None
 
   @nn.compact
   def __call__(self, x):
     fan_in = x.shape[-1]
-    lead = () if self.experts is None else (self.experts,)
-    lead_axes = () if self.experts is None else ('expert',)
-    kernel = self.param(
+    kernel_DF = self.param(
         'kernel',
-        partitioned(kernel_init(fan_in), (*lead_axes, *self.axes)),
-        (*lead, fan_in, self.features),
+        partitioned(kernel_init(fan_in), self.axes),
+        (fan_in, self.features),
     )
-    equation = '...D,DF->...F' if not lead else 'GECD,EDF->GECF'
-    y = product(equation, x, kernel, self.dtype)
+    y = product('...D,DF->...F', x, kernel_DF, self.dtype)
     if self.use_bias:
-      bias = self.param(
+      y += self.param(
           'bias',
-          partitioned(nn.initializers.zeros, (*lead_axes, self.axes[1])),
-          (*lead, self.features),
+          partitioned(nn.initializers.zeros, self.axes[1:]),
+          (self.features,),
       ).astype(jnp.float32)
-      y += bias if not lead else bias[None, :, None, :]
     return y
 
 
@@ -188,7 +182,7 @@ def rotate(
 
 
 class Mlp(nn.Module):
-  """The feed-forward network of a block; with `experts`, E of them at once.
+  """The feed-forward network of a block; `experts.Experts` holds E of them.
 
   `gelu_tanh`: fc2(gelu(fc1(x))) (Phi-2, whose `gelu_new` is the tanh form);
   `swiglu`: down(silu(gate(x)) * up(x)) (LLaMA, Mistral, Qwen, StableLM).
@@ -199,14 +193,11 @@ class Mlp(nn.Module):
   width: int
   use_bias: bool
   dtype: jnp.dtype
-  experts: int | None = None
 
   @nn.compact
   def __call__(self, x):
     def dense(features, axes, name):
-      return Dense(
-          features, axes, self.use_bias, self.dtype, self.experts, name=name
-      )
+      return Dense(features, axes, self.use_bias, self.dtype, name=name)
 
     up_axes, down_axes = ('embed', 'mlp'), ('mlp', 'embed')
     if self.kind == 'swiglu':

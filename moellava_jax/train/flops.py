@@ -12,10 +12,11 @@ import math
 import re
 from typing import Any, NamedTuple
 
+import jax
+
 from moellava_jax import config, trees
 from moellava_jax.data import shapes
-from moellava_jax.model import moe as moe_lib
-from moellava_jax.model import projector
+from moellava_jax.model import dispatch, projector, routing
 from moellava_jax.train import stages
 
 
@@ -135,8 +136,11 @@ class _Decoder:
       gate = moe.num_experts + 2 * moe.use_residual
       self.routers = sparse * 2.0 * tokens * llm.width * gate
       slots, pairs = _slots(moe, section)
-      self.empty = sparse * (slots - tokens * moe.top_k) * ffn
-      self.carried = sparse * pairs * 2.0 * llm.width
+      how = dispatch.resolve(moe.dispatch, jax.default_backend())
+      if how != 'ragged':  # Which leaves no slot empty.
+        self.empty = sparse * (slots - tokens * moe.top_k) * ffn
+      if how == 'einsum':
+        self.carried = sparse * pairs * 2.0 * llm.width
 
   def again(self, trains_attention: bool) -> float:
     """What full rematerialisation computes a second time.
@@ -186,8 +190,8 @@ def _slots(
   """(slots of a sparse layer in a step, sum over groups of S E C)."""
   assert section.row_length is not None
   rows = section.batch_size // section.accumulate
-  plan = moe_lib.grouping(moe, rows, section.row_length)
-  slots = moe_lib.capacity(
+  plan = routing.grouping(moe, rows, section.row_length)
+  slots = routing.capacity(
       plan.size,
       moe.num_experts,
       moe.top_k,

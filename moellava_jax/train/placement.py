@@ -77,7 +77,7 @@ def _candidates(cfg: config.TrainConfig, stage: str, given):
   room = max(near // max(mesh.tensor, 1), 1)
   moe = cfg.stage_model(stage).moe
   experts = [mesh.expert] if mesh.expert is not None else [1]
-  if mesh.expert is None and moe is not None:
+  if mesh.expert is None and moe is not None and moe.dispatch != 'ragged':
     experts = [
         n for n in _EXPERT_SIZES if moe.num_experts % n == 0 and room % n == 0
     ]

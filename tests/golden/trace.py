@@ -10,7 +10,7 @@ import numpy as np
 
 from moellava_jax import config
 from moellava_jax.model import llava
-from moellava_jax.model import moe as moe_lib
+from moellava_jax.model import routing as routing_lib
 
 
 class Traced(NamedTuple):
@@ -145,7 +145,7 @@ def _stacked(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
 def _capacity(moe: config.MoeConfig, tokens: int, train: bool) -> int:
   factor = moe.capacity_factor if train else moe.eval_capacity_factor
   assert factor is not None
-  return moe_lib.capacity(
+  return routing_lib.capacity(
       tokens, moe.num_experts, moe.top_k, factor, moe.min_capacity
   )
 

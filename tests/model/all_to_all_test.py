@@ -59,9 +59,9 @@ def _gathered(text):
   return found
 
 
-def _layer():
+def _layer(dispatch):
   """A sparse layer, inputs whose sizes are all different, and parameters."""
-  cfg = tiny.moe_config(second_choice='sampled')
+  cfg = tiny.moe_config(second_choice='sampled', dispatch=dispatch)
   layer = moe_lib.Moe(cfg, 'gelu_tanh', 48, False, jnp.dtype('float32'))
   x_BTD = jnp.ones((16, 40, 24))
   mask_BT = jnp.ones((16, 40), bool)
@@ -93,9 +93,10 @@ def _abstract(x, where):
   return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
 
+@pytest.mark.parametrize('dispatch', ['einsum', 'index'])
 @pytest.mark.parametrize('which, expected', [('forward', 2), ('gradient', 4)])
-def test_all_to_all_of_a_sparse_layer(which, expected):
-  apply, boxed, x_BTD = _layer()
+def test_all_to_all_of_a_sparse_layer(which, expected, dispatch):
+  apply, boxed, x_BTD = _layer(dispatch)
   mesh = _mesh()
   program = apply if which == 'forward' else jax.grad(apply, argnums=(0, 1))
   with sharding.use(mesh):

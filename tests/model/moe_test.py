@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moellava_jax.model import layers, moe
+from moellava_jax.model import dispatch, layers, moe
+from moellava_jax.model import routing as routing_lib
 from tests import tiny
 
 # What DeepSpeed 0.9.5 does with these logits (8 tokens, 4 experts) was
@@ -39,7 +40,7 @@ def _route(
 ):
   if real_S is None:
     real_S = np.ones(len(logits_SE), bool)
-  return moe.route(
+  return routing_lib.route(
       jnp.asarray(logits_SE)[None],
       jnp.asarray(real_S)[None],
       top_k=top_k,
@@ -104,7 +105,7 @@ def _weights(routing):
     ],
 )
 def test_top2_without_noise_equals_deepspeed(factor, capacity, expected):
-  assert moe.capacity(8, 4, 2, factor, 0) == capacity
+  assert routing_lib.capacity(8, 4, 2, factor, 0) == capacity
   assert _weights(_route(LOGITS_SE, capacity=capacity)) == expected
 
 
@@ -135,8 +136,8 @@ def test_top1_keeps_the_raw_probability():
     'tokens, factor, slots', [(637, 1.5, 478), (5001, 1.5, 3751), (10, 1.5, 8)]
 )
 def test_capacity_is_the_originals(tokens, factor, slots):
-  assert moe.capacity(tokens, 4, 2, factor, 0) == slots
-  assert moe.capacity(tokens, 4, 2, factor, slots + 3) == slots + 3
+  assert routing_lib.capacity(tokens, 4, 2, factor, 0) == slots
+  assert routing_lib.capacity(tokens, 4, 2, factor, slots + 3) == slots + 3
 
 
 def test_three_tokens_and_three_experts_by_hand():
@@ -148,7 +149,7 @@ def test_three_tokens_and_three_experts_by_hand():
   routing = _route(logits_SE.astype(np.float32), capacity=2)
   np.testing.assert_array_equal(routing.choice_GSk[0], [[0, 1], [0, 2], [1, 0]])
   np.testing.assert_array_equal(routing.slot_GSk[0], [[0, 1], [1, 0], [0, 2]])
-  dispatch_GSEC, combine_GSEC = moe.one_hot(routing, 2, jnp.float32)
+  dispatch_GSEC, combine_GSEC = dispatch.one_hot(routing, 2, jnp.float32)
   expected_SEC = np.zeros((3, 3, 2))
   expected_SEC[0, 0, 0] = 6 / 9
   expected_SEC[0, 1, 1] = 3 / 9
@@ -396,12 +397,12 @@ def test_group_batch_shares_one_capacity_among_all_rows():
   cfg = tiny.moe_config(
       num_experts=2, top_k=1, capacity_factor=1.0, max_group_size=2048
   )
-  by_row = moe.grouping(cfg, 2, 4)
-  by_batch = moe.grouping(dataclasses.replace(cfg, group='batch'), 2, 4)
+  by_row = routing_lib.grouping(cfg, 2, 4)
+  by_batch = routing_lib.grouping(dataclasses.replace(cfg, group='batch'), 2, 4)
   assert (by_row.groups, by_row.size) == (2, 4)
   assert (by_batch.groups, by_batch.size) == (1, 8)
-  assert moe.capacity(by_row.size, 2, 1, 1.0, 0) == 2
-  assert moe.capacity(by_batch.size, 2, 1, 1.0, 0) == 4
+  assert routing_lib.capacity(by_row.size, 2, 1, 1.0, 0) == 2
+  assert routing_lib.capacity(by_batch.size, 2, 1, 1.0, 0) == 4
   x_BT = jnp.arange(8).reshape(2, 4)
   for plan in (by_row, by_batch):
     np.testing.assert_array_equal(plan.join(plan.split(x_BT, 0)), x_BT)
@@ -409,7 +410,7 @@ def test_group_batch_shares_one_capacity_among_all_rows():
 
 def test_long_rows_are_split_evenly_and_joined_again():
   cfg = tiny.moe_config(max_group_size=4)
-  plan = moe.grouping(cfg, 2, 10)
+  plan = routing_lib.grouping(cfg, 2, 10)
   assert (plan.groups, plan.size) == (6, 4)
   x_BT = jnp.arange(20).reshape(2, 10)
   split_GS = plan.split(x_BT, -1)

@@ -34,6 +34,8 @@ def test_the_expert_axis_is_chosen_by_experts_and_devices():
   assert _sizes(_config(mesh__data=4), 'moe') == (4, 1, 2, 1)
   three = _config(model__moe__num_experts=6)
   assert _sizes(three, 'moe') == (4, 1, 2, 1)
+  ragged = _config(model__moe__dispatch='ragged')
+  assert _sizes(ragged, 'moe') == (8, 1, 1, 1)
 
 
 def test_parameters_are_divided_as_far_as_memory_asks_for():
