@@ -18,6 +18,9 @@ _VERDICTS = {
     -1: '**the other way round**',
 }
 
+# With fewer, an interval says little of what another seed would do.
+_MIN_SEEDS = 3
+
 
 @dataclasses.dataclass(frozen=True)
 class Source:
@@ -115,9 +118,16 @@ def _here(
       {},
   )
   (line,) = (line for line in between.lines if line.row == better)
+  common = set.intersection(*(set(line.seeds) for line in between.lines))
+
+  def verdict(interval) -> str:
+    if len(common) < _MIN_SEEDS:
+      return f'not judged by {len(common)} of {grid.seeds} seeds'
+    return _VERDICTS[interval.verdict]
+
   said = [
       f'{metric} {ablation_files.difference(value.interval)}:'
-      f' {_VERDICTS[value.interval.verdict]}'
+      f' {verdict(value.interval)}'
       for metric, value in line.metrics.items()
       if value.interval is not None
   ]

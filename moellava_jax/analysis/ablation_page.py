@@ -134,8 +134,8 @@ def _head(
 change data, initialisation and training. "Difference" is to the row that has
 none, with a paired 95 % bootstrap interval (seeds, then images, are drawn with
 replacement; bold: 0 is outside). With 5 seeds such an interval is about a
-tenth too short, with 3 a fifth, and no correction is made for looking at many
-rows. Parameters are the decoder's, as the paper counts them; "own time" is that
+tenth too short, with 3 a fifth, with fewer it says little of other seeds, and no
+correction is made for looking at many rows. Parameters are the decoder's, as the paper counts them; "own time" is that
 of the last stage, "before it" that of the stages before, which rows share.
 Times are of a machine that may have had other work.
 

@@ -393,6 +393,7 @@ def test_the_page_compares_with_the_paper(tmp_path, start):
   (claim,) = (line for line in text.splitlines() if line.startswith('- Paper'))
   assert '"top-2" above "top-1" on 5 of 5 benchmarks. Here:' in claim
   assert 'exact match +16.7 [' in claim
+  assert 'not judged by 2 of 5 seeds' in claim
   assert (out / 'table6c.png').exists()
   assert len(list((out / 'cells').glob('*.seed*.json'))) == 4
   # From what was kept alone it is the same page.
