@@ -34,7 +34,7 @@ class StepFlops(NamedTuple):
     parts: what the model needs, k experts a token: the numerator of an MFU.
     capacity: slots of experts beyond k a token (negative if there are fewer).
     dispatch: the products that carry tokens to slots and back.
-    recompute: what rematerialisation computes again.
+    recompute: what rematerialisation and the loss compute again.
   """
 
   parts: dict[str, Part]
@@ -94,6 +94,8 @@ def of_step(cfg: config.TrainConfig, stage: str, params: Any) -> StepFlops:
   recompute = 0.0
   if model.remat == 'full':
     recompute = llm.again(trains_attention)
+  if model.llm.vocab_size > model.loss_chunk:
+    recompute += llm.head  # See `model.cross_entropy`.
   return StepFlops(
       parts,
       capacity=llm.empty * (3 if trains_ffn else 2),

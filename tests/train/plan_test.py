@@ -106,6 +106,13 @@ def test_flops_of_experts_by_hand():
   assert found.capacity == 3 * forward / 2
 
 
+def test_a_large_vocabulary_is_multiplied_again_backward():
+  whole = _flops(_config(), 'moe')
+  chunked = _flops(_config(model__loss_chunk=16), 'moe')
+  assert whole.recompute == 0
+  assert chunked.recompute == whole.parts['head'].forward > 0
+
+
 def test_frozen_layers_pass_gradients_on_but_have_none():
   pretrain = _flops(_config('pretrain'), 'pretrain').parts
   finetune = _flops(_config('finetune'), 'finetune').parts
