@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Times of programs that are run in turns, and where they are kept."""
+
+from collections.abc import Callable, Mapping
+from importlib import metadata
+import json
+import os
+import pathlib
+import statistics
+import time
+from typing import Any, NamedTuple
+
+import jax
+
+from moellava_jax import config
+from moellava_jax.train import about
+
+PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'numpy')
+
+
+class Time(NamedTuple):
+  """Seconds of a call: the median, and the quartiles around it."""
+
+  median: float
+  low: float
+  high: float
+
+
+def interleaved(
+    runs: Mapping[str, Callable[[], Any]], repeats: int
+) -> dict[str, Time]:
+  """Wall time of each call, all of them in turns.
+
+  In turns, so that what else happens on the machine hits all alike. Every call
+  is made once before, to compile it.
+
+  Args:
+    runs: what to call; waited for until its arrays are there.
+    repeats: how often each is measured, at least twice.
+  """
+  found: dict[str, list[float]] = {name: [] for name in runs}
+  for run in runs.values():
+    jax.block_until_ready(run())
+  for _ in range(repeats):
+    for name, run in runs.items():
+      began = time.perf_counter()
+      jax.block_until_ready(run())
+      found[name].append(time.perf_counter() - began)
+  return {name: _time(seconds) for name, seconds in found.items()}
+
+
+def _time(seconds: list[float]) -> Time:
+  low, median, high = statistics.quantiles(seconds, n=4, method='inclusive')
+  return Time(median, low, high)
+
+
+def environment() -> dict[str, Any]:
+  """What a result depends on beside the code."""
+  device = jax.devices()[0]
+  return {
+      'revision': about.revision(),
+      'versions': {name: metadata.version(name) for name in PACKAGES},
+      'device': f'{jax.device_count()} x {device.device_kind}',
+      'cores': os.cpu_count(),
+      'matmul_precision': jax.config.values['jax_default_matmul_precision'],
+  }
+
+
+class Results:
+  """The finished cases of a suite, in one JSON file.
+
+  Attributes:
+    path: of the file.
+    cases: result by case, in the order in which they were measured.
+  """
+
+  def __init__(self, folder: str, suite: str, settings: Mapping[str, Any]):
+    """Reads what is there.
+
+    Args:
+      folder: made if need be.
+      suite: names the file.
+      settings: of the measurement; results of others are not gone on with.
+
+    Raises:
+      UserError: the file was written by other code, on another machine, or
+        with other settings.
+    """
+    self.path = pathlib.Path(folder) / f'{suite}.json'
+    self._about = {**environment(), 'settings': dict(settings)}
+    self.cases: dict[str, Any] = {}
+    if not self.path.exists():
+      return
+    found = json.loads(self.path.read_text(encoding='utf-8'))
+    other = [
+        name
+        for name, value in self._about.items()
+        if found['about'].get(name) != value
+    ]
+    if other:
+      raise config.UserError(
+          f'{self.path} was measured with another {", ".join(other)}. Name'
+          ' another --out, or delete the file to measure again.'
+      )
+    self.cases = found['cases']
+
+  def add(self, name: str, result: Any) -> None:
+    """Keeps the result of a case; the file is whole at any moment."""
+    self.cases[name] = result
+    self.path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({'about': self._about, 'cases': self.cases}, indent=1)
+    part = self.path.with_suffix('.part')
+    part.write_text(text + '\n', encoding='utf-8')
+    part.replace(self.path)
