@@ -27,12 +27,15 @@ state=${MOELLAVA_STATE:-$HOME/.moellava}
 
 status() {
   local now=none
+  if [[ -f $state/pid ]]; then
+    now=lost
+    if kill -0 "$(<"$state/pid")" 2>/dev/null; then
+      now=running
+    fi
+  fi
+  # Last: a process that has ended by now has written its code before.
   if [[ -f $state/exit ]]; then
     now="exit $(<"$state/exit")"
-  elif [[ -f $state/pid ]] && kill -0 "$(<"$state/pid")" 2>/dev/null; then
-    now=running
-  elif [[ -f $state/pid ]]; then
-    now=lost
   fi
   printf 'tpu_worker %s %s\n' "$(hostname)" "$now"
 }
