@@ -87,6 +87,20 @@ def _attempts(folder: pathlib.Path) -> list[int]:
   return [len((folder / f'{i}-0').read_text()) for i in range(HOSTS)]
 
 
+# A host that fails ends the others: not before they have begun.
+_TOGETHER = """
+import time
+print('hello', flush=True)
+here = os.environ['ATTEMPTS']
+with open(here + 'begun', 'a') as begun:
+  begun.write('.')
+for host in '01':
+  other = here[:-2] + host + '-begun'
+  while not (os.path.exists(other) and os.path.getsize(other) > attempt):
+    time.sleep(0.01)
+"""
+
+
 def _by_host(*codes: list[int]) -> str:
   return f"sys.exit({list(codes)}[int(os.environ['HOST'])][attempt])"
 
@@ -100,7 +114,7 @@ def _by_host(*codes: list[int]) -> str:
     ],
 )
 def test_all(tmp_path, codes, expected, attempts):
-  env = _cloud(tmp_path, 'print("hello"); ' + _by_host(*codes))
+  env = _cloud(tmp_path, _TOGETHER + _by_host(*codes))
   done = shell.run(
       'tpu_pod.sh',
       'all',
