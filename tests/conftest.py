@@ -52,11 +52,27 @@ import pytest  # noqa: E402
 flags.FLAGS.mark_as_parsed()
 
 
+# Linux grants a process 65,530 mappings of memory. Every program takes some, and
+# beyond them a process crashes in the middle of a compilation.
+_MAPPINGS = pathlib.Path('/proc/self/maps')
+_MANY = 15_000
+
+
+@pytest.fixture(scope='module', autouse=True)
+def room_for_programs():
+  """Frees what a file has compiled once there is much of it."""
+  yield
+  if _MAPPINGS.exists() and _MAPPINGS.read_bytes().count(b'\n') > _MANY:
+    import jax
+
+    jax.clear_caches()
+
+
 @pytest.fixture(scope='session')
 def trained(tmp_path_factory):
-  """A smoke run of all stages, whose step 2 is recorded, and its programs.
+  """A smoke run of all stages, whose step 2 is recorded; tests copy it.
 
-  Tests copy the run.
+  And how often the step of each stage has been compiled.
   """
   # Here, because this file comes before everything that imports JAX.
   from moellava_jax.train import loop, profiling, program
@@ -73,4 +89,4 @@ def trained(tmp_path_factory):
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(program.Program, 'train_step', noted)
     loop.run(tiny.train_config(run), profiled=profiling.Steps(2, 2))
-  return run, programs
+  return run, [step._cache_size() for step in programs]

@@ -54,8 +54,8 @@ def _noting(calls, function):
 
 
 def test_every_stage_compiles_its_step_once(trained):
-  _, programs = trained
-  assert [step._cache_size() for step in programs] == [1, 1, 1, 1]
+  _, compiled = trained
+  assert compiled == [1, 1, 1, 1]
 
 
 def test_the_steps_asked_for_are_in_a_trace(finished):
