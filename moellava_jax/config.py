@@ -126,8 +126,8 @@ class MoeConfig:
   aux_loss_weight: float
   z_loss_weight: float
   # How tokens get to their experts. einsum and index give the same results, by
-  # products and by gathers, and auto is the faster of the two; ragged drops
-  # nothing, whatever capacity_factor is.
+  # products and by gathers, and auto is one of the two, by platform; ragged
+  # drops nothing in training, whatever capacity_factor is.
   dispatch: Literal['einsum', 'index', 'ragged', 'auto']
   upcycle: Literal['copy', 'random']
   # Top-1 only: when an expert overflows, random tokens stay and not the first

@@ -31,9 +31,8 @@ numbered as --dry_run lists them; then the table:
   python -m moellava_jax.analysis.ablation ... --cell=$SLURM_ARRAY_TASK_ID
   python -m moellava_jax.analysis.ablation ... --collect_only
 
---cell takes ROW:SEED too. Jobs that need the
-same stage wait for each other, where the disk knows locks; elsewhere run one
-cell of each seed first.
+--cell takes ROW:SEED too. Jobs that need the same stage wait for each other,
+where the disk knows locks; elsewhere run one cell of each seed first.
 
 Exit codes: 0 all cells are finished; 1 some have failed, or a mistake that the
 message explains; 75 stopped by a signal.

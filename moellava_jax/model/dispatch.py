@@ -68,7 +68,7 @@ def resolve(dispatch: str, platform: str) -> str:
 _AUTO = {
     'cpu': (
         'index',
-        'gathers take less time than products with ones and zeros',
+        'gathers took less time than one-hot products (on a busy machine)',
     ),
     'gpu': ('index', 'it has no products to carry tokens (not measured)'),
     'tpu': ('einsum', 'it makes the one-hot factors on the fly (not measured)'),
