@@ -20,6 +20,7 @@ def model(tower: str, lm: str) -> Any:
   c.remat = 'none'
   c.scan_layers = False
   c.loss_chunk = 16384
+  c.attention = 'auto'
   c.moe = moe()
   return c
 

@@ -183,6 +183,10 @@ class ModelConfig:
   # Columns of the logits that exist at once in training, at most; the head is
   # multiplied again backward where the vocabulary is larger.
   loss_chunk: int
+  # How training and prompts attend. einsum: products, with all scores in
+  # memory. flash: a kernel of the accelerator that keeps none. auto: flash on
+  # GPUs and TPUs, in rows of 256 positions or more, where it works.
+  attention: Literal['auto', 'einsum', 'flash']
 
   def segments(self) -> tuple[trees.Segment, ...]:
     """The decoder's layers, cut where their kinds stop repeating."""
@@ -552,6 +556,7 @@ _VOLATILE = (
     'model.remat',
     'model.scan_layers',
     'model.loss_chunk',
+    'model.attention',
     'checkpoint.',
     'watchdog.',
     'data.num_threads',

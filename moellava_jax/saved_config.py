@@ -15,6 +15,7 @@ from moellava_jax import config
 # Dotted path -> value. A section that a config does not have is left out.
 ADDED: dict[str, Any] = {
     'model.loss_chunk': 16384,
+    'model.attention': 'auto',
     **{f'{stage}.whole_lm': False for stage in config.STAGES},
 }
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from moellava_jax import backbones, config
-from moellava_jax.model import attention, decoder, projector
+from moellava_jax.model import decoder, dot_product, projector
 from moellava_jax.train import about
 
 # What the model cards and the metadata of the published files say. Files of a
@@ -52,7 +52,7 @@ def _count(cfg: config.DecoderConfig) -> int:
 
     def run(m):
       x_BTD = m.embed(tokens_BT, with_images=False)
-      mask_BTS = attention.causal_mask(tokens_BT + 1)
+      mask_BTS = dot_product.causal_mask(tokens_BT + 1)
       real_BT = tokens_BT == 0
       out = m(x_BTD, tokens_BT, mask_BTS, real_BT, ~real_BT, None, train=False)
       return m.logits(out.hidden_BTD)

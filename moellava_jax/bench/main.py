@@ -3,6 +3,7 @@
 
   python -m moellava_jax.bench.main --suite=cpu --out=DIR
   python -m moellava_jax.bench.main --suite=gpu_layer --out=DIR
+  python -m moellava_jax.bench.main --suite=gpu_train --out=DIR
   python -m moellava_jax.bench.main --suite=gpu_decode --out=DIR
 
 A finished case is in DIR/SUITE.json and is not measured again. Leave the
@@ -19,10 +20,9 @@ from typing import Any, NamedTuple
 from absl import app, flags
 
 from moellava_jax import backbones, config
-from moellava_jax.bench import decode, measure, moe_layer
+from moellava_jax.bench import decode, measure, moe_layer, sizes, train_step
 
-SUITES = ('cpu', 'gpu_layer', 'gpu_decode')
-_GPU_MODELS = ('stablelm_1_6b', 'qwen_1_8b', 'phi2')
+SUITES = ('cpu', 'gpu_layer', 'gpu_train', 'gpu_decode')
 _LAYER_HEADER = (
     *('case', 'way', 'forward', 'x dense', 'floor'),
     *('with backward', 'x dense', 'floor'),
@@ -43,109 +43,112 @@ class Case(NamedTuple):
 
 def cases(suite: str, repeats: int, smoke: bool) -> list[Case]:
   """The cases of a suite."""
-  layers: list[moe_layer.Case] = []
-  models: list[decode.Case] = []
-  batches: tuple[int, ...] = (1, 2, 8, 16, 32)
+  kinds = ('layer', 'decode', 'train') if smoke or suite == 'cpu' else ()
+  found = []
+  if 'layer' in kinds or suite == 'gpu_layer':
+    found += _layers(suite, repeats, smoke)
+  if 'decode' in kinds or suite == 'gpu_decode':
+    found += _decoders(suite, repeats, smoke)
+  if 'train' in kinds or suite == 'gpu_train':
+    found += _steps(suite, repeats, smoke)
+  return found
+
+
+def _layers(suite: str, repeats: int, smoke: bool) -> list[Case]:
   if smoke:
     layers = [moe_layer.Case(16, 32, 'gelu_tanh', 4, 64, 'float32')]
-    models, batches = _models(16, 2, 'float32')[1:], (1, 2)
   elif suite == 'cpu':
     layers = [
         moe_layer.Case(256, 1024, 'gelu_tanh', experts, tokens, 'float32')
         for tokens in (1024, 4096, 16384)
         for experts in (4, 8)
     ]
-    models = _models(64, 4, 'float32') + _models(512, 4, 'float32')
   else:
-    sizes = [backbones.LMS[name] for name in _GPU_MODELS]
     layers = [
         moe_layer.Case(s.width, s.mlp_width, s.mlp, 4, tokens, 'bfloat16')
-        for s in sizes
+        for s in (backbones.LMS[name] for name in sizes.FULL)
         for tokens in (4096, 16384)
     ]
-    models = [_full(name) for name in _GPU_MODELS]
-  found = []
-  if smoke or suite != 'gpu_decode':
-    found += [
-        Case(
-            case.name,
-            functools.partial(moe_layer.run, case, repeats),
-            moe_layer.table,
-            _LAYER_HEADER,
-        )
-        for case in layers
-    ]
-  if smoke or suite != 'gpu_layer':
-    found += [
-        Case(
-            f'decode {case.name}',
-            functools.partial(decode.run, case, batches, repeats),
-            decode.table,
-            _DECODE_HEADER,
-        )
-        for case in models
-    ]
-  return found
-
-
-def _moe() -> config.MoeConfig:
-  return config.MoeConfig(
-      layers='interval',
-      num_experts=4,
-      top_k=moe_layer.TOP_K,
-      capacity_factor=moe_layer.CAPACITY_FACTOR,
-      eval_capacity_factor=None,
-      min_capacity=0,
-      group='row',
-      max_group_size=2048,
-      route_padding=False,
-      second_choice='argmax',
-      eval_second_choice='argmax',
-      aux_loss_weight=0.01,
-      z_loss_weight=0.0,
-      dispatch='einsum',
-      upcycle='copy',
-      random_token_selection=False,
-      use_residual=False,
-  )
-
-
-def _model(llm: config.DecoderConfig, dtype: str) -> config.ModelConfig:
-  return config.ModelConfig(
-      vision=backbones.TOWERS['shapes'],
-      llm=llm,
-      projector='mlp2x_gelu',
-      moe=_moe(),
-      compute_dtype=dtype,  # pyright: ignore[reportArgumentType]
-      remat='none',
-      scan_layers=False,
-      loss_chunk=16384,
-  )
-
-
-def _models(width: int, depth: int, dtype: str) -> list[decode.Case]:
-  """A dense and a sparse decoder of some width."""
-  llm = dataclasses.replace(
-      backbones.LMS['shapes'],
-      width=width,
-      depth=depth,
-      num_heads=width // 16,
-      num_kv_heads=width // 16,
-      mlp_width=4 * width,
-  )
-  sparse = _model(llm, dtype)
-  dense = dataclasses.replace(sparse, moe=None)
-  name = f'width={width} depth={depth} {dtype}'
   return [
-      decode.Case(f'{name} dense', dense),
-      decode.Case(f'{name} E=4', sparse),
+      Case(
+          case.name,
+          functools.partial(moe_layer.run, case, repeats),
+          moe_layer.table,
+          _LAYER_HEADER,
+      )
+      for case in layers
   ]
 
 
-def _full(name: str) -> decode.Case:
-  return decode.Case(
-      f'{name} E=4 bfloat16', _model(backbones.LMS[name], 'bfloat16')
+def _decoders(suite: str, repeats: int, smoke: bool) -> list[Case]:
+  batches: tuple[int, ...] = (1, 2, 8, 16, 32)
+  if smoke:
+    models = {'width=16 E=4': sizes.small(16, 2, 3, 'float32')}
+    batches = (1, 2)
+  elif suite == 'cpu':
+    models = {}
+    for width in (64, 512):
+      sparse = sizes.small(width, 4, 3, 'float32')
+      plain = dataclasses.replace(sparse, moe=None)
+      models |= {f'width={width} dense': plain, f'width={width} E=4': sparse}
+  else:
+    models = {f'{name} E=4': sizes.full(name) for name in sizes.FULL}
+  return [
+      Case(
+          f'decode {name}',
+          functools.partial(
+              decode.run, decode.Case(name, model), batches, repeats
+          ),
+          decode.table,
+          _DECODE_HEADER,
+      )
+      for name, model in models.items()
+  ]
+
+
+def _steps(suite: str, repeats: int, smoke: bool) -> list[Case]:
+  stages = ('pretrain', 'finetune', 'moe')
+  if smoke:
+    model = sizes.small(16, 2, 3, 'float32')
+    steps = [train_step.Case('width=16', model, 'moe', 2, 32, ('index',))]
+  elif suite == 'cpu':
+    model = sizes.small(256, 4, 24, 'float32')
+    steps = [
+        train_step.Case('width=256', model, stage, 4, 1024) for stage in stages
+    ]
+  else:
+    steps = [
+        train_step.Case(name, _looped(name), stage, 4, 2048)
+        for name in sizes.FULL
+        for stage in stages
+    ]
+  return [
+      Case(
+          f'train {case.name} {case.stage}',
+          functools.partial(_train, case, repeats),
+          train_step.table,
+          train_step.HEADER,
+      )
+      for case in steps
+  ]
+
+
+def _looped(name: str) -> config.ModelConfig:
+  """As it fits one GPU, and compiles in less than a minute."""
+  remat = 'full' if name == 'phi2' else 'expert_io'
+  return dataclasses.replace(sizes.full(name), scan_layers=True, remat=remat)
+
+
+def _train(case: train_step.Case, repeats: int) -> dict[str, Any]:
+  peak = _peak(
+      'bfloat16' if case.model.compute_dtype != 'float32' else 'float32'
   )
+  return train_step.run(case, repeats, peak)
+
+
+@functools.cache
+def _peak(dtype: str) -> float:
+  return measure.matmul_peak(dtype, 5)
 
 
 def show(done: Sequence[tuple[Case, dict[str, Any]]]) -> None:
@@ -161,7 +164,7 @@ def show(done: Sequence[tuple[Case, dict[str, Any]]]) -> None:
       if case.header == header:
         for row in case.rows(case.name, found):
           grid.add_row(*row)
-    console.Console(highlight=False, markup=False, width=140).print(grid)
+    console.Console(highlight=False, markup=False, width=170).print(grid)
 
 
 def run(suite: str, out: str, repeats: int, smoke: bool) -> None:

@@ -11,6 +11,7 @@ import time
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from moellava_jax import config
 from moellava_jax.train import about
@@ -47,6 +48,15 @@ def interleaved(
       jax.block_until_ready(run())
       found[name].append(time.perf_counter() - began)
   return {name: _time(seconds) for name, seconds in found.items()}
+
+
+def matmul_peak(dtype: str, repeats: int) -> float:
+  """FLOP/s of a product of two large square matrices on the first device."""
+  side = 1536 if jax.default_backend() == 'cpu' else 8192
+  x = jax.random.normal(jax.random.key(0), (side, side), jnp.dtype(dtype))
+  product = jax.jit(jnp.matmul)
+  times = interleaved({'product': lambda: product(x, x)}, repeats)
+  return 2.0 * side**3 / times['product'].median
 
 
 def _time(seconds: list[float]) -> Time:

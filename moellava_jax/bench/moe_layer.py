@@ -14,6 +14,7 @@ einsum_batch is the original's: one group of all tokens (S = tokens).
 """
 
 from collections.abc import Callable
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -21,12 +22,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from moellava_jax import config
-from moellava_jax.bench import measure
+from moellava_jax.bench import measure, sizes
 from moellava_jax.model import layers, moe
 
-TOP_K = 2
-CAPACITY_FACTOR = 1.5
 _ROW = 2048  # Tokens of a row, at most.
 
 
@@ -72,7 +70,8 @@ class Way(NamedTuple):
       share = self.tokens(case) / (case.matrices * case.mlp_width)
       carried = {'forward': 2 * share, 'forward_backward': 5 * share / 3}
     return {
-        name: CAPACITY_FACTOR * (1 + extra) for name, extra in carried.items()
+        name: sizes.CAPACITY_FACTOR * (1 + extra)
+        for name, extra in carried.items()
     }
 
 
@@ -114,36 +113,22 @@ def run(case: Case, repeats: int) -> dict[str, Any]:
 
 def _flops(case: Case) -> float:
   """Of the dense FFN forward."""
-  width = case.matrices * case.mlp_width * TOP_K
+  width = case.matrices * case.mlp_width * sizes.TOP_K
   return 2.0 * case.tokens * case.width * width
 
 
 def _dense(case: Case) -> Callable[[jax.Array], Any]:
   layer = layers.Mlp(
-      case.kind, case.mlp_width * TOP_K, False, jnp.dtype(case.dtype)
+      case.kind, case.mlp_width * sizes.TOP_K, False, jnp.dtype(case.dtype)
   )
   return functools.partial(_bound, layer)
 
 
 def _sparse(case: Case, way: Way) -> Callable[[jax.Array], Any]:
-  cfg = config.MoeConfig(
-      layers='all',
+  cfg = dataclasses.replace(
+      sizes.moe(way.dispatch, way.size or case.tokens, sizes.CAPACITY_FACTOR),
       num_experts=case.experts,
-      top_k=TOP_K,
-      capacity_factor=CAPACITY_FACTOR,
-      eval_capacity_factor=None,
-      min_capacity=0,
       group='batch' if way.size is None else 'row',
-      max_group_size=way.size or case.tokens,
-      route_padding=False,
-      second_choice='argmax',
-      eval_second_choice='argmax',
-      aux_loss_weight=0.01,
-      z_loss_weight=0.0,
-      dispatch=way.dispatch,  # pyright: ignore[reportArgumentType]
-      upcycle='copy',
-      random_token_selection=False,
-      use_residual=False,
   )
   layer = moe.Moe(cfg, case.kind, case.mlp_width, False, jnp.dtype(case.dtype))
   return functools.partial(_bound, layer)

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from moellava_jax.model import layers
+from moellava_jax.model import dot_product, flash, layers
 
 
 class KVCache(NamedTuple):
@@ -19,58 +19,6 @@ class KVCache(NamedTuple):
 
   k_BKSd: jax.Array
   v_BKSd: jax.Array
-
-
-def causal_mask(segment_ids_BT: jax.Array) -> jax.Array:
-  """Which key (S) a query (T) sees: bool `[B, T, S]`.
-
-  A query sees earlier keys, and itself, of its own segment. A padding query
-  (segment 0) sees all real keys before it, as in the original; nothing sees
-  padding keys.
-  """
-  length = segment_ids_BT.shape[1]
-  query_BT1, key_B1S = segment_ids_BT[:, :, None], segment_ids_BT[:, None, :]
-  earlier_TS = jnp.tril(jnp.ones((length, length), bool))
-  same_BTS = (query_BT1 == key_B1S) | (query_BT1 == 0)
-  return earlier_TS[None] & same_BTS & (key_B1S > 0)
-
-
-def cache_mask(positions_BT: jax.Array, slots: int) -> jax.Array:
-  """Which cache slot a query sees: those up to its position, `[B, T, S]`."""
-  return jnp.arange(slots)[None, None, :] <= positions_BT[:, :, None]
-
-
-def attend(
-    q_BTHd: jax.Array,
-    k_BSKd: jax.Array,
-    v_BSKd: jax.Array,
-    mask_BTS: jax.Array | None,
-    *,
-    keys: str = 'BSKd',
-) -> jax.Array:
-  """softmax(q k / sqrt(d)) v, `[B, T, H, d]`; the softmax is in fp32.
-
-  `keys` names the axes of keys and values: 'BKSd' for those of a cache.
-
-  Query head n uses key head n // (H / K). A query without visible keys gets
-  the mean of all values, not NaN. On the CPU this takes two thirds of the time
-  of `jax.nn.dot_product_attention`, forward and backward.
-  """
-  b, t, h, d = q_BTHd.shape
-  kv_heads = k_BSKd.shape[keys.index('K')]
-  q_BTKGd = q_BTHd.reshape(b, t, kv_heads, h // kv_heads, d)
-  logits_BKGTS = jnp.einsum(
-      f'BTKGd,{keys}->BKGTS',
-      q_BTKGd,
-      k_BSKd,
-      preferred_element_type=jnp.float32,
-  ) * (d**-0.5)
-  if mask_BTS is not None:
-    lowest = jnp.finfo(jnp.float32).min
-    logits_BKGTS = jnp.where(mask_BTS[:, None, None], logits_BKGTS, lowest)
-  probs_BKGTS = jax.nn.softmax(logits_BKGTS, axis=-1).astype(v_BSKd.dtype)
-  out_BTKGd = jnp.einsum(f'BKGTS,{keys}->BTKGd', probs_BKGTS, v_BSKd)
-  return out_BTKGd.reshape(b, t, h, d)
 
 
 class Attention(nn.Module):
@@ -95,9 +43,14 @@ class Attention(nn.Module):
       self,
       x_BTD: jax.Array,
       positions_BT: jax.Array,
-      mask_BTS: jax.Array | None,
+      seen: jax.Array | None,
       cache: KVCache | None = None,
   ) -> tuple[jax.Array, KVCache | None]:
+    """`seen` says which keys: bool `[B, T, S]`, or all if None.
+
+    Segment ids, int32 `[B, T]`, stand for `dot_product.causal_mask` of them, to
+    be attended to by the platform's kernel (`flash`).
+    """
     q_BTHd = self._project(x_BTD, 'q', self.num_heads, 'heads')
     k_BTKd = self._project(x_BTD, 'k', self.num_kv_heads, 'kv_heads')
     v_BTKd = self._project(x_BTD, 'v', self.num_kv_heads, 'kv_heads')
@@ -112,7 +65,8 @@ class Attention(nn.Module):
         x.astype(self.dtype) for x in (q_BTHd, k_BTKd, v_BTKd)
     )
     if cache is None:
-      out_BTHd = attend(q_BTHd, k_BTKd, v_BTKd, mask_BTS)
+      attend = flash.attend if _is_ids(seen) else dot_product.attend
+      out_BTHd = attend(q_BTHd, k_BTKd, v_BTKd, seen)
       return self._output(out_BTHd, x_BTD.shape[-1]), None
     rows = jnp.arange(x_BTD.shape[0])[:, None]
 
@@ -125,7 +79,7 @@ class Attention(nn.Module):
 
     cache = KVCache(write(cache.k_BKSd, k_BTKd), write(cache.v_BKSd, v_BTKd))
     k_BKSd, v_BKSd = (x.astype(self.dtype) for x in cache)
-    out_BTHd = attend(q_BTHd, k_BKSd, v_BKSd, mask_BTS, keys='BKSd')
+    out_BTHd = dot_product.attend(q_BTHd, k_BKSd, v_BKSd, seen, keys='BKSd')
     return self._output(out_BTHd, x_BTD.shape[-1]), cache
 
   def _project(self, x_BTD, name, heads, axis):
@@ -163,3 +117,7 @@ class Attention(nn.Module):
           (width,),
       ).astype(jnp.float32)
     return y_BTD
+
+
+def _is_ids(seen: jax.Array | None) -> bool:
+  return seen is not None and seen.ndim == 2

@@ -64,7 +64,7 @@ class Block(nn.Module):
       self,
       x_BTD,
       positions_BT,
-      mask_BTS,
+      seen,
       is_token_BT,
       is_image_BT,
       cache,
@@ -106,7 +106,7 @@ class Block(nn.Module):
         cfg.norm_eps if cfg.qk_norm else None,
         self.dtype,
         name='attn',
-    )(h_BTD, positions_BT, mask_BTS, cache)
+    )(h_BTD, positions_BT, seen, cache)
     x_BTD += residual(attended_BTD, keys.attn_dropout)
     if not cfg.parallel_block:
       h_BTD = norm('norm2')(x_BTD)
@@ -212,7 +212,7 @@ class Decoder(nn.Module):
       self,
       x_BTD: jax.Array,
       positions_BT: jax.Array,
-      mask_BTS: jax.Array,
+      seen: jax.Array,
       is_token_BT: jax.Array,
       is_image_BT: jax.Array,
       cache: tuple[attention.KVCache, ...] | None,
@@ -221,7 +221,7 @@ class Decoder(nn.Module):
   ) -> DecoderOutput:
     cfg = self.cfg
     sparse = () if self.moe is None else self.moe.layer_ids(cfg.depth)
-    context = (positions_BT, mask_BTS, is_token_BT, is_image_BT)
+    context = (positions_BT, seen, is_token_BT, is_image_BT)
     block = Block
     if self.remat != 'none' and train:
       block = nn.remat(Block, policy=_policy(self.remat))

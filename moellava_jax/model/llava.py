@@ -12,7 +12,15 @@ import jax
 import jax.numpy as jnp
 
 from moellava_jax import config
-from moellava_jax.model import attention, decoder, layers, projector, vision
+from moellava_jax.model import (
+    attention,
+    decoder,
+    dot_product,
+    flash,
+    layers,
+    projector,
+    vision,
+)
 from moellava_jax.model import moe as moe_lib
 
 
@@ -106,13 +114,14 @@ class Llava(nn.Module):
     # The original pads with zero vectors after splicing.
     x_BTD = jnp.where(is_token_BT[:, :, None], x_BTD, 0)
     if cache is None:
-      mask_BTS = attention.causal_mask(segment_ids_BT)
+      seen = self._seen(segment_ids_BT)
     else:
-      mask_BTS = attention.cache_mask(positions_BT, cache[0].k_BKSd.shape[2])
+      slots = cache[0].k_BKSd.shape[2]
+      seen = dot_product.cache_mask(positions_BT, slots)
     out = self.llm(
         x_BTD,
         positions_BT,
-        mask_BTS,
+        seen,
         is_token_BT,
         is_image_BT,
         cache,
@@ -127,6 +136,22 @@ class Llava(nn.Module):
           hidden_BTD, logits_at_B[:, None, None], axis=1
       )
     return LlavaOutput(self.llm.logits(hidden_BTD), out.moe, out.cache)
+
+  def _seen(self, segment_ids_BT: jax.Array) -> jax.Array:
+    """What `attention.Attention` takes for rows without a cache."""
+    cfg = self.cfg
+    how = 'einsum'  # Kernels give padding other results, which would be routed.
+    if cfg.moe is None or not cfg.moe.route_padding:
+      how = flash.choose(
+          cfg.attention,
+          layers.platform(),
+          compute_dtype(cfg.compute_dtype),
+          cfg.llm.head_dim,
+          segment_ids_BT.shape[1],
+      )
+    if how == 'einsum':
+      return dot_product.causal_mask(segment_ids_BT)
+    return segment_ids_BT
 
 
 def forward(

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Published figures of accelerators: what `train.plan` divides by."""
 
-from typing import NamedTuple
+import re
+from typing import Any, NamedTuple
 
 from moellava_jax import config
 
@@ -17,6 +18,7 @@ class Accelerator(NamedTuple):
   peak: float
   memory: int
   source: str
+  kind: str
 
 
 _NVIDIA = 'https://www.nvidia.com/en-us/data-center'
@@ -24,13 +26,27 @@ _GOOGLE = 'https://docs.cloud.google.com/tpu/docs'
 
 ACCELERATORS = {
     'a100-80g': Accelerator(
-        'A100-80G SXM', 312e12, 80 * 10**9, f'{_NVIDIA}/a100/'
+        'A100-80G SXM',
+        312e12,
+        80 * 10**9,
+        f'{_NVIDIA}/a100/',
+        r'.*A100.*80GB.*',
     ),
-    'h100': Accelerator('H100 SXM', 989e12, 80 * 10**9, f'{_NVIDIA}/h100/'),
-    'h200': Accelerator('H200 SXM', 989e12, 141 * 10**9, f'{_NVIDIA}/h200/'),
-    'v5e': Accelerator('TPU v5e', 197e12, 16 * 10**9, f'{_GOOGLE}/v5e'),
-    'v5p': Accelerator('TPU v5p', 459e12, 95 * 10**9, f'{_GOOGLE}/v5p'),
-    'v6e': Accelerator('TPU v6e', 918e12, 32 * 10**9, f'{_GOOGLE}/v6e'),
+    'h100': Accelerator(
+        'H100 SXM', 989e12, 80 * 10**9, f'{_NVIDIA}/h100/', r'.*H100.*'
+    ),
+    'h200': Accelerator(
+        'H200 SXM', 989e12, 141 * 10**9, f'{_NVIDIA}/h200/', r'.*H200.*'
+    ),
+    'v5e': Accelerator(
+        'TPU v5e', 197e12, 16 * 10**9, f'{_GOOGLE}/v5e', r'TPU v5 ?(lite|e)'
+    ),
+    'v5p': Accelerator(
+        'TPU v5p', 459e12, 95 * 10**9, f'{_GOOGLE}/v5p', r'TPU v5p?'
+    ),
+    'v6e': Accelerator(
+        'TPU v6e', 918e12, 32 * 10**9, f'{_GOOGLE}/v6e', r'TPU v6 ?(lite|e)'
+    ),
 }
 
 # Of the capacity: the rest is the runtime's, and lost between buffers. JAX
@@ -46,3 +62,11 @@ def find(name: str) -> Accelerator:
         f' {", ".join(ACCELERATORS)}.'
     )
   return ACCELERATORS[name]
+
+
+def of_device(device: Any) -> Accelerator | None:
+  """The accelerator that a JAX device is; None: none of the table."""
+  for found in ACCELERATORS.values():
+    if re.fullmatch(found.kind, device.device_kind):
+      return found
+  return None

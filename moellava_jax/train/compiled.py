@@ -116,26 +116,31 @@ class Step:
     first = self._target.devices[0]
     with topology.use(self._mesh, self._target):
       if first.platform != 'cpu':
-        jax.block_until_ready(self._step(*self._arguments()))
+        jax.block_until_ready(self._step(*self.arguments()))
         return first.memory_stats()['peak_bytes_in_use']
       before = _resident('VmRSS')
-      arguments = self._arguments()
+      arguments = self.arguments()
       _forget_peak()
       jax.block_until_ready(self._step(*arguments))
       return (_resident('VmHWM') - before) // len(self._target.devices)
 
-  def _arguments(self) -> tuple[Any, Any, batch_lib.Batch]:
-    """Random (state, frozen, batch)."""
-    params = init.fresh(
-        self._program.model, 0, self._mesh, self._program.probe_sizes
-    )
-    trained, frozen = self._in_form(params)
-    state = self._program.init_state(trained)
-    rows = self._cfg.stage(self._stage).batch_size
-    share = sharding.rows_of_process(self._mesh, rows)
-    batch = jax.tree.map(lambda x: x[share], self._random_batch())
-    batch = sharding.put_batch(batch, self._mesh)
-    return jax.block_until_ready((state, frozen, batch))
+  def __call__(self, state: Any, frozen: Any, batch: Any) -> Any:
+    """Runs it: (state, metrics); the given state is donated."""
+    return self._step(state, frozen, batch)
+
+  def arguments(self) -> tuple[Any, Any, batch_lib.Batch]:
+    """Random (state, frozen, batch), on devices that exist."""
+    with topology.use(self._mesh, self._target):
+      params = init.fresh(
+          self._program.model, 0, self._mesh, self._program.probe_sizes
+      )
+      trained, frozen = self._in_form(params)
+      state = self._program.init_state(trained)
+      rows = self._cfg.stage(self._stage).batch_size
+      share = sharding.rows_of_process(self._mesh, rows)
+      batch = jax.tree.map(lambda x: x[share], self._random_batch())
+      batch = sharding.put_batch(batch, self._mesh)
+      return jax.block_until_ready((state, frozen, batch))
 
   def _in_form(self, params: Any) -> tuple[Any, Any]:
     """(trained, frozen) as the step takes them."""

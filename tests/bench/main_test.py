@@ -14,13 +14,17 @@ def test_a_suite_is_measured_once(tmp_path, capsys, monkeypatch):
   printed = capsys.readouterr().out
   path = tmp_path / 'cpu.json'
   found = json.loads(path.read_text())
-  layer, decoder = found['cases'].values()
+  layer, decoder, step = found['cases'].values()
   for name in ('einsum_128', 'index', 'ragged'):
     assert layer[name]['forward']['ratio'] > 0
     assert name in printed
   assert layer['dense']['forward']['ratio'] == 1
   assert decoder['1']['rate_over_1'] == 1
   assert decoder['2']['tokens_a_second'] > 0
+  assert 0 < step['index']['speed'] and 0 < step['index']['ceiling'] < 1
+  assert 0 < step['index']['mfu_of_measured_peak'] < 1
+  assert step['dense']['waste']['capacity'] == 0
+  assert step['index']['waste']['capacity'] > 0
   assert found['about']['versions'].keys() == set(measure.PACKAGES)
   # Again: nothing is measured, and what is there is shown.
   monkeypatch.setattr(measure, 'interleaved', None)
@@ -46,7 +50,9 @@ def test_full_suites_have_the_sizes_of_the_backbones():
   names = [case.name for case in main.cases('gpu_layer', 2, False)]
   assert 'D=2560 F=10240 gelu_tanh E=4 tokens=16384 bfloat16' in names
   names = [case.name for case in main.cases('gpu_decode', 2, False)]
-  assert 'decode phi2 E=4 bfloat16' in names
+  assert 'decode phi2 E=4' in names
+  names = [case.name for case in main.cases('gpu_train', 2, False)]
+  assert 'train qwen_1_8b moe' in names
 
 
 def test_floors_are_those_of_the_arithmetic():

@@ -12,7 +12,7 @@ import pytest
 
 from moellava_jax import config, trees
 from moellava_jax.interop import files, hf, load, towers
-from moellava_jax.model import attention, llava, vision
+from moellava_jax.model import dot_product, llava, vision
 from tests import tiny
 
 torch = pytest.importorskip('torch')
@@ -85,7 +85,7 @@ def _logits(llm: config.DecoderConfig, params, ids_BT):
     hidden = module.llm(
         module.llm.embed(ids_BT, with_images=False),
         jnp.broadcast_to(jnp.arange(ids_BT.shape[1]), ids_BT.shape),
-        attention.causal_mask(one_BT),
+        dot_product.causal_mask(one_BT),
         one_BT > 0,
         one_BT < 0,
         None,

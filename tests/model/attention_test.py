@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moellava_jax.model import attention, llava
+from moellava_jax.model import dot_product, llava
 from tests import tiny
 
 
@@ -21,7 +21,7 @@ def test_causality_by_gradient(kv_heads, parallel):
   llm = llava.Llava(cfg)
 
   def logits(x_BTD):
-    mask_BTS = attention.causal_mask(jnp.asarray(data.segment_ids_BT))
+    mask_BTS = dot_product.causal_mask(jnp.asarray(data.segment_ids_BT))
     real_BT = jnp.ones((1, 8), bool)
     out = llm.apply(
         {'params': params},
@@ -43,7 +43,7 @@ def test_causality_by_gradient(kv_heads, parallel):
 
 
 def test_segments_do_not_see_each_other_and_padding_is_not_seen():
-  mask_TS = attention.causal_mask(jnp.array([[1, 1, 2, 2, 0]]))[0]
+  mask_TS = dot_product.causal_mask(jnp.array([[1, 1, 2, 2, 0]]))[0]
   np.testing.assert_array_equal(
       mask_TS.astype(int),
       [

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moellava_jax.model import attention, decoder
+from moellava_jax.model import decoder, dot_product
 from tests import tiny
 
 
@@ -76,7 +76,7 @@ def test_dropout_acts_on_both_branches(branch, parallel):
         {'params': params},
         x_BTD,
         jnp.broadcast_to(jnp.arange(16), (4, 16)),
-        attention.causal_mask(real_BT.astype(jnp.int32)),
+        dot_product.causal_mask(real_BT.astype(jnp.int32)),
         real_BT,
         ~real_BT,
         None,

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moellava_jax.model import attention, layers, projector
+from moellava_jax.model import dot_product, layers, projector
 from tests.model import torch_weights
 
 torch = pytest.importorskip('torch')
@@ -34,8 +34,8 @@ def test_attention(heads, kv_heads, causal):
   if causal:
     segments_BT = np.ones((2, 7), np.int32)
     segments_BT[1, 5:] = 0
-    mask_BTS = attention.causal_mask(jnp.asarray(segments_BT))
-  ours_BTHd = attention.attend(
+    mask_BTS = dot_product.causal_mask(jnp.asarray(segments_BT))
+  ours_BTHd = dot_product.attend(
       jnp.asarray(q_BTHd), jnp.asarray(k_BSKd), jnp.asarray(v_BSKd), mask_BTS
   )
   q, k, v = (torch.tensor(x).transpose(1, 2) for x in (q_BTHd, k_BSKd, v_BSKd))

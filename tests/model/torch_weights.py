@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moellava_jax import config, trees
-from moellava_jax.model import attention, decoder, llava, vision
+from moellava_jax.model import decoder, dot_product, llava, vision
 
 Arrays = dict[str, np.ndarray]
 
@@ -177,7 +177,7 @@ def run_decoder(cfg: config.DecoderConfig, params, tokens_BT, segments_BT):
       out = m(
           x_BTD,
           positions_BT,
-          attention.causal_mask(segments_BT),
+          dot_product.causal_mask(segments_BT),
           real_BT,
           ~real_BT,
           None,
@@ -215,7 +215,7 @@ def _step(cfg, params, tokens_BT, position, cache):
     out = m(
         m.embed(tokens_BT, with_images=False),
         positions_BT,
-        attention.cache_mask(positions_BT, cache[0].k_BKSd.shape[2]),
+        dot_product.cache_mask(positions_BT, cache[0].k_BKSd.shape[2]),
         real_BT,
         ~real_BT,
         cache,
