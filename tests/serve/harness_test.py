@@ -82,7 +82,7 @@ def _recording(url, requests):
 
   class Handler(http.server.BaseHTTPRequestHandler):
 
-    def do_POST(self):  # noqa: N802
+    def do_POST(self):
       data = self.rfile.read(int(self.headers['Content-Length']))
       headers = {k.lower(): v for k, v in self.headers.items()}
       requests.append({'headers': headers, 'body': json.loads(data)})
