@@ -40,6 +40,7 @@ _OFF: dict[str, tuple[Any, ...]] = {
     'modalities': (['text'],),
     'n': (1,),
     'presence_penalty': (0,),
+    'repetition_penalty': (1,),  # Of vLLM; VLMEvalKit has a flag for it.
     'response_format': ({'type': 'text'},),
     'tool_choice': ('none', 'auto'),
     'tools': ([],),
