@@ -5,13 +5,17 @@
   python -m moellava_jax.bench.main --suite=gpu_layer --out=DIR
   python -m moellava_jax.bench.main --suite=gpu_train --out=DIR
   python -m moellava_jax.bench.main --suite=gpu_decode --out=DIR
+  python -m moellava_jax.bench.main --suite=peers --repeats=5 --out=DIR
+  python -m moellava_jax.bench.main --suite=gpu_peers --repeats=5 --out=DIR
 
+The last two need torch and transformers beside JAX (pip install -e .[parity]).
 A finished case is in DIR/SUITE.json and is not measured again. Leave the
 machine alone meanwhile: cases run in turns, but what disturbs one run disturbs
 its ratio. `--smoke` runs the smallest sizes, to see that everything works.
 """
 
 from collections.abc import Callable, Sequence
+import contextlib
 import dataclasses
 import functools
 import sys
@@ -20,9 +24,19 @@ from typing import Any, NamedTuple
 from absl import app, flags
 
 from moellava_jax import backbones, config
-from moellava_jax.bench import decode, measure, moe_layer, sizes, train_step
+from moellava_jax.bench import (
+    decode,
+    measure,
+    moe_layer,
+    peer_cases,
+    peers,
+    sizes,
+    train_step,
+)
 
-SUITES = ('cpu', 'gpu_layer', 'gpu_train', 'gpu_decode')
+# The device of the peers, by suite.
+_PEERS = {'peers': 'cpu', 'gpu_peers': 'cuda'}
+SUITES = ('cpu', 'gpu_layer', 'gpu_train', 'gpu_decode', *_PEERS)
 _LAYER_HEADER = (
     *('case', 'way', 'forward', 'x dense', 'floor'),
     *('with backward', 'x dense', 'floor'),
@@ -39,6 +53,8 @@ class Case(NamedTuple):
   run: Callable[[], dict[str, Any]]
   rows: Callable[[str, dict[str, Any]], list[tuple[str, ...]]]
   header: tuple[str, ...]
+  # Another table of it, shown below: rows and header.
+  more: tuple[Any, tuple[str, ...]] | None = None
 
 
 def cases(suite: str, repeats: int, smoke: bool) -> list[Case]:
@@ -133,6 +149,25 @@ def _steps(suite: str, repeats: int, smoke: bool) -> list[Case]:
   ]
 
 
+def _comparisons(
+    suite: str, repeats: int, smoke: bool, torch: Any
+) -> list[Case]:
+  """Those of the suites that compare with others; `torch` is running."""
+  return [
+      Case(
+          case.name,
+          functools.partial(peers.run, case, repeats, torch),
+          lambda _, found, case=case: peers.table(case, found),
+          peers.HEADER,
+          (
+              lambda _, found, case=case: peers.settings_table(case, found),
+              peers.SETTINGS_HEADER,
+          ),
+      )
+      for case in peer_cases.cases(_PEERS[suite], smoke)
+  ]
+
+
 def _looped(name: str) -> config.ModelConfig:
   """As it fits one GPU, and compiles in less than a minute."""
   remat = 'full' if name == 'phi2' else 'expert_io'
@@ -156,13 +191,17 @@ def show(done: Sequence[tuple[Case, dict[str, Any]]]) -> None:
   from rich import console
   from rich import table as rich_table
 
-  for header in dict.fromkeys(case.header for case, _ in done):
+  tables = [(case.name, case.rows, case.header, found) for case, found in done]
+  tables += [
+      (case.name, *case.more, found) for case, found in done if case.more
+  ]
+  for header in dict.fromkeys(table[2] for table in tables):
     grid = rich_table.Table(box=None, padding=(0, 2, 0, 0))
     for n, column in enumerate(header):
       grid.add_column(column, justify='right' if n > 1 else 'left')
-    for case, found in done:
-      if case.header == header:
-        for row in case.rows(case.name, found):
+    for name, rows, its_header, found in tables:
+      if its_header == header:
+        for row in rows(name, found):
           grid.add_row(*row)
     console.Console(highlight=False, markup=False, width=170).print(grid)
 
@@ -173,14 +212,21 @@ def run(suite: str, out: str, repeats: int, smoke: bool) -> None:
   Raises:
     UserError: `out` has results of other code or of another machine.
   """
-  settings = {'repeats': repeats, 'smoke': smoke}
-  results = measure.Results(out, suite, settings)
-  listed = cases(suite, repeats, smoke)
-  for n, case in enumerate(listed, 1):
-    if case.name in results.cases:
-      continue
-    print(f'{n}/{len(listed)} {case.name}', flush=True)
-    results.add(case.name, case.run())
+  settings: dict[str, Any] = {'repeats': repeats, 'smoke': smoke}
+  with contextlib.ExitStack() as stack:
+    if suite in _PEERS:
+      device = 'cpu' if smoke else _PEERS[suite]
+      torch = stack.enter_context(peers.start(device))
+      settings['peers'] = torch.about
+      listed = _comparisons(suite, repeats, smoke, torch)
+    else:
+      listed = cases(suite, repeats, smoke)
+    results = measure.Results(out, suite, settings)
+    for n, case in enumerate(listed, 1):
+      if case.name in results.cases:
+        continue
+      print(f'{n}/{len(listed)} {case.name}', flush=True)
+      results.add(case.name, case.run())
   show([(case, results.cases[case.name]) for case in listed])
   print(f'Written: {results.path}')
 

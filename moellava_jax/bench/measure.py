@@ -2,6 +2,7 @@
 """Times of programs that are run in turns, and where they are kept."""
 
 from collections.abc import Callable, Mapping
+import functools
 from importlib import metadata
 import json
 import os
@@ -39,15 +40,30 @@ def interleaved(
     runs: what to call; waited for until its arrays are there.
     repeats: how often each is measured, at least twice.
   """
-  found: dict[str, list[float]] = {name: [] for name in runs}
-  for run in runs.values():
-    jax.block_until_ready(run())
+  return in_turns(
+      {name: functools.partial(seconds, run) for name, run in runs.items()},
+      repeats,
+  )
+
+
+def seconds(run: Callable[[], Any]) -> float:
+  """Wall time of a call, until its arrays are there."""
+  began = time.perf_counter()
+  jax.block_until_ready(run())
+  return time.perf_counter() - began
+
+
+def in_turns(
+    timed: Mapping[Any, Callable[[], float]], repeats: int
+) -> dict[Any, Time]:
+  """`interleaved`, of calls that say themselves how many seconds they took."""
+  found: dict[Any, list[float]] = {name: [] for name in timed}
+  for run in timed.values():
+    run()
   for _ in range(repeats):
-    for name, run in runs.items():
-      began = time.perf_counter()
-      jax.block_until_ready(run())
-      found[name].append(time.perf_counter() - began)
-  return {name: _time(seconds) for name, seconds in found.items()}
+    for name, run in timed.items():
+      found[name].append(run())
+  return {name: _time(values) for name, values in found.items()}
 
 
 def matmul_peak(dtype: str, repeats: int) -> float:
@@ -59,8 +75,8 @@ def matmul_peak(dtype: str, repeats: int) -> float:
   return 2.0 * side**3 / times['product'].median
 
 
-def _time(seconds: list[float]) -> Time:
-  low, median, high = statistics.quantiles(seconds, n=4, method='inclusive')
+def _time(values: list[float]) -> Time:
+  low, median, high = statistics.quantiles(values, n=4, method='inclusive')
   return Time(median, low, high)
 
 

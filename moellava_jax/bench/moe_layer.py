@@ -93,14 +93,11 @@ def run(case: Case, repeats: int) -> dict[str, Any]:
       for name, way in WAYS.items()
       if way.size is not None or case.tokens <= _MOST_OF_A_BATCH
   }
-  programs = {'dense': _programs(case, _dense(case))}
-  programs |= {
-      name: _programs(case, _sparse(case, w)) for name, w in ways.items()
-  }
+  made = {name: programs(case, name) for name in ('dense', *ways)}
   found: dict[str, Any] = {'flops_forward': _flops(case)}
   for phase in ('forward', 'forward_backward'):
     times = measure.interleaved(
-        {name: made[phase] for name, made in programs.items()}, repeats
+        {name: each[phase] for name, each in made.items()}, repeats
     )
     dense = times['dense'].median
     for name, time in times.items():
@@ -151,7 +148,14 @@ def _bound(layer: Any, x_BTD: jax.Array) -> tuple[Any, Callable[..., Any]]:
   return params, apply
 
 
-def _programs(case: Case, bind: Any) -> dict[str, Callable[[], Any]]:
+def programs(case: Case, way: str) -> dict[str, Callable[[], Any]]:
+  """`forward` and `forward_backward`, each of which runs once when called.
+
+  Args:
+    case: the layer and its tokens.
+    way: a key of `WAYS`, or dense: the FFN of equal active FLOPs.
+  """
+  bind = _dense(case) if way == 'dense' else _sparse(case, WAYS[way])
   rows = -(-case.tokens // _ROW)
   shape = (rows, case.tokens // rows, case.width)
   x_BTD = jax.random.normal(jax.random.key(1), shape, jnp.dtype(case.dtype))
