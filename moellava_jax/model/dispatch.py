@@ -90,7 +90,7 @@ def einsum(
 ) -> jax.Array:
   """The layer by one-hot products, fp32 `[G, S, D]`."""
   dispatch_GSEC, combine_GSEC = one_hot(routing, slots, dtype)
-  x_EGCD = jnp.einsum('GSEC,GSD->EGCD', dispatch_GSEC, x_GSD)
+  x_EGCD = layers.product('GSEC,GSD->EGCD', dispatch_GSEC, x_GSD, dtype)
   y_EGCD = _exchange(x_EGCD, experts, dtype)
   return layers.product('EGCD,GSEC->GSD', y_EGCD, combine_GSEC, dtype)
 

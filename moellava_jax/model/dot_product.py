@@ -4,6 +4,8 @@
 import jax
 import jax.numpy as jnp
 
+from moellava_jax.model import layers
+
 
 def causal_mask(segment_ids_BT: jax.Array) -> jax.Array:
   """Which key (S) a query (T) sees: bool `[B, T, S]`.
@@ -43,15 +45,13 @@ def attend(
   b, t, h, d = q_BTHd.shape
   kv_heads = k_BSKd.shape[keys.index('K')]
   q_BTKGd = q_BTHd.reshape(b, t, kv_heads, h // kv_heads, d)
-  logits_BKGTS = jnp.einsum(
-      f'BTKGd,{keys}->BKGTS',
-      q_BTKGd,
-      k_BSKd,
-      preferred_element_type=jnp.float32,
+  dtype = v_BSKd.dtype
+  logits_BKGTS = layers.product(
+      f'BTKGd,{keys}->BKGTS', q_BTKGd, k_BSKd, dtype
   ) * (d**-0.5)
   if mask_BTS is not None:
     lowest = jnp.finfo(jnp.float32).min
     logits_BKGTS = jnp.where(mask_BTS[:, None, None], logits_BKGTS, lowest)
-  probs_BKGTS = jax.nn.softmax(logits_BKGTS, axis=-1).astype(v_BSKd.dtype)
-  out_BTKGd = jnp.einsum(f'BKGTS,{keys}->BTKGd', probs_BKGTS, v_BSKd)
+  probs_BKGTS = jax.nn.softmax(logits_BKGTS, axis=-1)
+  out_BTKGd = layers.product(f'BKGTS,{keys}->BTKGd', probs_BKGTS, v_BSKd, dtype)
   return out_BTKGd.reshape(b, t, h, d)

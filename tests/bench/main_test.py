@@ -21,7 +21,7 @@ def test_a_suite_is_measured_once(tmp_path, capsys, monkeypatch):
   assert layer['dense']['forward']['ratio'] == 1
   assert decoder['1']['rate_over_1'] == 1
   assert decoder['2']['tokens_a_second'] > 0
-  assert 0 < step['index']['speed'] and 0 < step['index']['ceiling'] < 1
+  assert step['index']['speed'] > 0 and 0 < step['index']['ceiling'] < 1
   assert 0 < step['index']['mfu_of_measured_peak'] < 1
   assert step['dense']['waste']['capacity'] == 0
   assert step['index']['waste']['capacity'] > 0
