@@ -65,8 +65,10 @@ class Attention(nn.Module):
         x.astype(self.dtype) for x in (q_BTHd, k_BTKd, v_BTKd)
     )
     if cache is None:
-      attend = flash.attend if _is_ids(seen) else dot_product.attend
-      out_BTHd = attend(q_BTHd, k_BTKd, v_BTKd, seen)
+      if seen is not None and seen.ndim == 2:
+        out_BTHd = flash.attend(q_BTHd, k_BTKd, v_BTKd, seen)
+      else:
+        out_BTHd = dot_product.attend(q_BTHd, k_BTKd, v_BTKd, seen)
       return self._output(out_BTHd, x_BTD.shape[-1]), None
     rows = jnp.arange(x_BTD.shape[0])[:, None]
 
@@ -117,7 +119,3 @@ class Attention(nn.Module):
           (width,),
       ).astype(jnp.float32)
     return y_BTD
-
-
-def _is_ids(seen: jax.Array | None) -> bool:
-  return seen is not None and seen.ndim == 2

@@ -148,7 +148,7 @@ def splash(
   def row(q_HTd, k_KTd, v_KTd, segments_T):
     return run(q_HTd, k_KTd, v_KTd, lib.SegmentIds(segments_T, segments_T))
 
-  y_BHTd = jax.vmap(row)(q_BHTd, k_BKTd, v_BKTd, segments_BT)
+  y_BHTd: Any = jax.vmap(row)(q_BHTd, k_BKTd, v_BKTd, segments_BT)
   return jnp.swapaxes(y_BHTd, 1, 2)[:, :length, :, :d]
 
 
