@@ -96,27 +96,43 @@ def _get(
     raise _Refused('the address is not encoded')
   connection = _connect(parts, deadline, allowed)
   # A timeout of the socket starts again with every byte that drips in.
-  end = threading.Timer(_left(deadline), _hang_up, [connection.sock])
+  late = threading.Event()
+  end = threading.Timer(_left(deadline), _hang_up, [connection.sock, late])
   end.daemon = True
   end.start()
   try:
-    path = urllib.parse.urlunsplit(('', '', parts.path or '/', parts.query, ''))
-    connection.request('GET', path, headers={'Accept': 'image/*'})
-    response = connection.getresponse()
-    if response.status in (301, 302, 303, 307, 308):
-      location = response.headers.get('Location', '')
-      return None, urllib.parse.urljoin(url, location)
-    if response.status != 200:
-      raise _Refused(f'status {response.status}')
-    data = _read(response, limit)
-    _left(deadline)  # What was cut short is no image.
-    return data, url
+    found = _answer(connection, parts, url, limit)
+  except (OSError, http.client.HTTPException):
+    if late.is_set():
+      raise TimeoutError from None
+    raise
   finally:
     end.cancel()
     connection.close()
+  if late.is_set():  # What was cut short is no image.
+    raise TimeoutError
+  return found
 
 
-def _hang_up(sock: socket.socket) -> None:
+def _answer(
+    connection: http.client.HTTPConnection,
+    parts: urllib.parse.SplitResult,
+    url: str,
+    limit: int,
+) -> tuple[bytes | None, str]:
+  path = urllib.parse.urlunsplit(('', '', parts.path or '/', parts.query, ''))
+  connection.request('GET', path, headers={'Accept': 'image/*'})
+  response = connection.getresponse()
+  if response.status in (301, 302, 303, 307, 308):
+    location = response.headers.get('Location', '')
+    return None, urllib.parse.urljoin(url, location)
+  if response.status != 200:
+    raise _Refused(f'status {response.status}')
+  return _read(response, limit), url
+
+
+def _hang_up(sock: socket.socket, late: threading.Event) -> None:
+  late.set()
   with contextlib.suppress(OSError):
     sock.shutdown(socket.SHUT_RDWR)
 
