@@ -24,6 +24,7 @@ import numpy as np
 from PIL import Image
 
 from moellava_jax import backbones, config
+from moellava_jax.bench import sizes
 from moellava_jax.data import (
     images,
     jpeg,
@@ -225,7 +226,7 @@ def overhead(repeats: int) -> dict[str, float]:
         ('packed', 2048, 3),
     ):
       fmt = pipeline.Format(
-          TEMPLATE, length, slots, vision, _data_config(arrangement)
+          TEMPLATE, length, slots, vision, sizes.data(arrangement)
       )
       # Lazy: too many rows for the cache, but few enough images.
       data = pipeline.Examples(rows, folder, fmt, tok)
@@ -272,29 +273,6 @@ def _rows(count: int, files: int) -> Sequence[sources.Row]:
         sources.Row(where, where, (f'{n % files}.jpg',), tuple(turns), None)
     )
   return rows
-
-
-def _data_config(arrangement: str) -> config.DataConfig:
-  return config.DataConfig(
-      json=None,
-      images=None,
-      weights=None,
-      eval_json=None,
-      arrangement=arrangement,  # pyright: ignore[reportArgumentType]
-      grouped_world=1,
-      on_bad='error',
-      on_long='cut',
-      image_aspect='pad',
-      parity_truncation=False,
-      parity_mask=False,
-      shapes=None,
-      feature_cache=None,
-      cache_mb=8,
-      decode='exact',
-      num_threads=0,
-      num_workers=0,
-      prefetch=1,
-  )
 
 
 def main(argv) -> None:

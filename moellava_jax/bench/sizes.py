@@ -96,13 +96,37 @@ def dense(sparse: config.ModelConfig) -> config.ModelConfig:
   )
 
 
+def data(arrangement: str) -> config.DataConfig:
+  """An input pipeline in the calling thread, with nothing cached to speak of."""
+  return config.DataConfig(
+      json=None,
+      images=None,
+      weights=None,
+      eval_json=None,
+      arrangement=arrangement,  # pyright: ignore[reportArgumentType]
+      grouped_world=1,
+      on_bad='error',
+      on_long='cut',
+      image_aspect='pad',
+      parity_truncation=False,
+      parity_mask=False,
+      shapes=None,
+      feature_cache=None,
+      cache_mb=8,
+      decode='exact',
+      num_threads=0,
+      num_workers=0,
+      prefetch=1,
+  )
+
+
 def training(
     sizes: config.ModelConfig, rows: int, length: int
 ) -> config.TrainConfig:
   """A run with this model: rows with one image, one batch a step."""
-  data = config.StageDataConfig(json='', images='', weights=None, eval_json='')
+  source = config.StageDataConfig('', '', weights=None, eval_json=None)
   stage = config.StageConfig(
-      data=data,
+      data=source,
       template='plain',
       image_aspect=None,
       row_length=length,
@@ -132,26 +156,7 @@ def training(
           print_table=False,
           optimizer_memory='device',
       ),
-      data=config.DataConfig(
-          json=None,
-          images=None,
-          weights=None,
-          eval_json=None,
-          arrangement='packed',
-          grouped_world=16,
-          on_bad='error',
-          on_long='cut',
-          image_aspect='pad',
-          parity_truncation=False,
-          parity_mask=False,
-          shapes=None,
-          feature_cache=None,
-          cache_mb=2048,
-          decode='exact',
-          num_threads=4,
-          num_workers=0,
-          prefetch=8,
-      ),
+      data=data('packed'),
       optimizer=config.OptimizerConfig(
           warmup_ratio=0.03,
           b1=0.9,

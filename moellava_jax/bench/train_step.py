@@ -155,7 +155,7 @@ def _entry(
       'flops_necessary': step_flops.model,
       'flops': step_flops.total,
       'waste': {
-          'padding': 0.0,
+          'padding': 1 - float(sums.tokens) / (case.rows * case.length),
           'capacity': step_flops.capacity / step_flops.total,
           'dispatch': step_flops.dispatch / step_flops.total,
           'remat': step_flops.recompute / step_flops.total,

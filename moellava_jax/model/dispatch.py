@@ -68,7 +68,7 @@ def resolve(dispatch: str, platform: str) -> str:
 _AUTO = {
     'cpu': (
         'index',
-        'gathers took less time than one-hot products (on a busy machine)',
+        'gathers took less time than products in groups of 256 tokens',
     ),
     'gpu': ('index', 'it has no products to carry tokens (not measured)'),
     'tpu': ('einsum', 'it makes the one-hot factors on the fly (not measured)'),

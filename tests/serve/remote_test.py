@@ -123,3 +123,24 @@ def test_one_who_drips_is_left(pages):
   with pytest.raises(ApiError, match='Timeout'):
     remote.fetcher(0.5, _anywhere)(f'{pages}/drip', 10**6, 'p')
   assert time.monotonic() - begin < 10
+
+
+@pytest.mark.parametrize('reset', [True, False])
+def test_what_comes_after_the_hang_up_is_late(pages, monkeypatch, reset):
+  """Whether the other side sees a reset, or an end, or clocks disagree."""
+  hung_up = threading.Event()
+
+  def hang_up(sock, late):
+    late.set()
+    hung_up.set()
+
+  def answer(*_):
+    assert hung_up.wait(10)
+    if reset:
+      raise ConnectionResetError
+    return b'half', 'url'
+
+  monkeypatch.setattr(remote, '_hang_up', hang_up)
+  monkeypatch.setattr(remote, '_answer', answer)
+  with pytest.raises(ApiError, match='Timeout'):
+    remote.fetcher(0.1, _anywhere)(f'{pages}/1', 10, 'p')
