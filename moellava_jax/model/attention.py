@@ -33,8 +33,6 @@ class Attention(nn.Module):
   head_dim: int
   qkv_bias: bool
   out_bias: bool
-  rotary_fraction: float
-  rotary_base: float
   qk_norm_eps: float | None  # None: queries and keys are not normalised.
   dtype: jnp.dtype
 
@@ -43,14 +41,11 @@ class Attention(nn.Module):
       self,
       x_BTD: jax.Array,
       positions_BT: jax.Array,
-      seen: jax.Array | None,
+      rotation: layers.Rotation | None,
+      seen: dot_product.Causal | jax.Array | None,
       cache: KVCache | None = None,
   ) -> tuple[jax.Array, KVCache | None]:
-    """`seen` says which keys: bool `[B, T, S]`, or all if None.
-
-    Segment ids, int32 `[B, T]`, stand for `dot_product.causal_mask` of them, to
-    be attended to by the platform's kernel (`flash`).
-    """
+    """`seen` says which keys; an array is bool `[B, T, S]`; None is all."""
     q_BTHd = self._project(x_BTD, 'q', self.num_heads, 'heads')
     k_BTKd = self._project(x_BTD, 'k', self.num_kv_heads, 'kv_heads')
     v_BTKd = self._project(x_BTD, 'v', self.num_kv_heads, 'kv_heads')
@@ -58,15 +53,16 @@ class Attention(nn.Module):
       norm = (self.qk_norm_eps, jnp.float32)
       q_BTHd = layers.norm('rmsnorm', *norm, 'q_norm')(q_BTHd)
       k_BTKd = layers.norm('rmsnorm', *norm, 'k_norm')(k_BTKd)
-    turn = (positions_BT, self.rotary_fraction, self.rotary_base)
-    q_BTHd = layers.rotate(q_BTHd, *turn)
-    k_BTKd = layers.rotate(k_BTKd, *turn)
+    q_BTHd = layers.rotate(q_BTHd, rotation)
+    k_BTKd = layers.rotate(k_BTKd, rotation)
     q_BTHd, k_BTKd, v_BTKd = (
         x.astype(self.dtype) for x in (q_BTHd, k_BTKd, v_BTKd)
     )
     if cache is None:
-      if seen is not None and seen.ndim == 2:
-        out_BTHd = flash.attend(q_BTHd, k_BTKd, v_BTKd, seen)
+      if isinstance(seen, dot_product.Causal):
+        flashes = seen.by == 'flash'
+        by = flash.attend if flashes else dot_product.attend_causal
+        out_BTHd = by(q_BTHd, k_BTKd, v_BTKd, seen.segment_ids_BT)
       else:
         out_BTHd = dot_product.attend(q_BTHd, k_BTKd, v_BTKd, seen)
       return self._output(out_BTHd, x_BTD.shape[-1]), None

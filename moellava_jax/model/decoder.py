@@ -19,7 +19,13 @@ import jax.numpy as jnp
 import optax
 
 from moellava_jax import config, trees
-from moellava_jax.model import attention, cross_entropy, dispatch, layers
+from moellava_jax.model import (
+    attention,
+    cross_entropy,
+    dispatch,
+    dot_product,
+    layers,
+)
 from moellava_jax.model import moe as moe_lib
 
 
@@ -64,6 +70,7 @@ class Block(nn.Module):
       self,
       x_BTD,
       positions_BT,
+      rotation,
       seen,
       is_token_BT,
       is_image_BT,
@@ -101,12 +108,10 @@ class Block(nn.Module):
         cfg.head_dim,
         cfg.qkv_bias,
         cfg.out_bias,
-        cfg.rotary_fraction,
-        cfg.rotary_base,
         cfg.norm_eps if cfg.qk_norm else None,
         self.dtype,
         name='attn',
-    )(h_BTD, positions_BT, seen, cache)
+    )(h_BTD, positions_BT, rotation, seen, cache)
     x_BTD += residual(attended_BTD, keys.attn_dropout)
     if not cfg.parallel_block:
       h_BTD = norm('norm2')(x_BTD)
@@ -212,7 +217,7 @@ class Decoder(nn.Module):
       self,
       x_BTD: jax.Array,
       positions_BT: jax.Array,
-      seen: jax.Array,
+      seen: dot_product.Causal | jax.Array,
       is_token_BT: jax.Array,
       is_image_BT: jax.Array,
       cache: tuple[attention.KVCache, ...] | None,
@@ -221,7 +226,10 @@ class Decoder(nn.Module):
   ) -> DecoderOutput:
     cfg = self.cfg
     sparse = () if self.moe is None else self.moe.layer_ids(cfg.depth)
-    context = (positions_BT, seen, is_token_BT, is_image_BT)
+    rotation = layers.rotation(
+        positions_BT, cfg.head_dim, cfg.rotary_fraction, cfg.rotary_base
+    )
+    context = (positions_BT, rotation, seen, is_token_BT, is_image_BT)
     block = Block
     if self.remat != 'none' and train:
       block = nn.remat(Block, policy=_policy(self.remat))

@@ -11,7 +11,7 @@ image takes. In the files of the sparse layer (`moe.py`, `routing.py`,
 import functools
 import math
 import string
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -191,21 +191,44 @@ def norm(
   )
 
 
-def rotate(
-    x_BTHd: jax.Array, positions_BT: jax.Array, fraction: float, base: float
-) -> jax.Array:
-  """Rotary embedding of the first `fraction` of the head size, half-split.
+class Rotation(NamedTuple):
+  """What `rotate` turns heads by: of n rotated dimensions, n/2 angles each."""
+
+  cos_BTd: jax.Array
+  sin_BTd: jax.Array
+
+
+def rotation(
+    positions_BT: jax.Array, head_dim: int, fraction: float, base: float
+) -> Rotation | None:
+  """Angles of rotary embedding for the first `fraction` of the head size, fp32.
 
   The layout of all backbones of the original: dimension i turns with
-  dimension i + n/2 of the n rotated ones, at the angle position / base^(2i/n);
-  the angles are fp32.
+  dimension i + n/2 of the n rotated ones, at the angle position / base^(2i/n).
+  None if nothing is rotated.
   """
-  n = int(x_BTHd.shape[-1] * fraction)
+  n = int(head_dim * fraction)
   if n == 0:
-    return x_BTHd
+    return None
   inverse = base ** (-jnp.arange(0, n, 2, dtype=jnp.float32) / n)
   angle_BTd = positions_BT[..., None].astype(jnp.float32) * inverse
-  cos, sin = (f(angle_BTd)[:, :, None, :] for f in (jnp.cos, jnp.sin))
+  if platform() != 'cpu' or positions_BT.shape[1] == 1:
+    return Rotation(jnp.cos(angle_BTd), jnp.sin(angle_BTd))
+  # XLA's CPU would compute each of them again for every head and layer, which
+  # takes several times as long as the rotation itself, but it keeps what comes
+  # out of a loop.
+  both_NBTd = jax.lax.map(
+      lambda n: jax.lax.switch(n, (jnp.cos, jnp.sin), angle_BTd), jnp.arange(2)
+  )
+  return Rotation(*both_NBTd)
+
+
+def rotate(x_BTHd: jax.Array, by: Rotation | None) -> jax.Array:
+  """Rotary embedding; the dimensions that have no angle stay as they are."""
+  if by is None:
+    return x_BTHd
+  n = 2 * by.cos_BTd.shape[-1]
+  cos, sin = (x[:, :, None, :] for x in by)
   first, second = jnp.split(x_BTHd[..., :n].astype(jnp.float32), 2, axis=-1)
   turned = [first * cos - second * sin, second * cos + first * sin]
   turned = [part.astype(x_BTHd.dtype) for part in turned]

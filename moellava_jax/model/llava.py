@@ -137,7 +137,7 @@ class Llava(nn.Module):
       )
     return LlavaOutput(self.llm.logits(hidden_BTD), out.moe, out.cache)
 
-  def _seen(self, segment_ids_BT: jax.Array) -> jax.Array:
+  def _seen(self, segment_ids_BT: jax.Array) -> dot_product.Causal:
     """What `attention.Attention` takes for rows without a cache."""
     cfg = self.cfg
     how = 'einsum'  # Kernels give padding other results, which would be routed.
@@ -149,9 +149,7 @@ class Llava(nn.Module):
           cfg.llm.head_dim,
           segment_ids_BT.shape[1],
       )
-    if how == 'einsum':
-      return dot_product.causal_mask(segment_ids_BT)
-    return segment_ids_BT
+    return dot_product.Causal(segment_ids_BT, how)
 
 
 def forward(

@@ -31,12 +31,10 @@ class VisionBlock(nn.Module):
         cfg.width // cfg.num_heads,
         qkv_bias=True,
         out_bias=True,
-        rotary_fraction=0.0,
-        rotary_base=1.0,
         qk_norm_eps=None,
         dtype=self.dtype,
         name='attn',
-    )(norm('norm1')(x_BTD), positions_BT, None)
+    )(norm('norm1')(x_BTD), positions_BT, None, None)
     x_BTD += attended_BTD
     mlp = layers.Mlp(
         cfg.activation, cfg.mlp_width, True, self.dtype, name='mlp'

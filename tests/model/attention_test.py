@@ -56,6 +56,62 @@ def test_segments_do_not_see_each_other_and_padding_is_not_seen():
   )
 
 
+def _segments(length):
+  """A full row, three conversations, padding on both sides, padding alone."""
+  rows = np.zeros((4, length), np.int32)
+  rows[0] = 1
+  for n, part in enumerate(np.array_split(np.arange(length - 3), 3)):
+    rows[1, part] = n + 1
+  rows[2, 5:-7] = 1
+  return jnp.asarray(rows)
+
+
+@pytest.mark.parametrize('length', [7, 129, 300, 640])
+def test_blocks_of_queries_give_what_all_scores_give(length):
+  segments_BT = _segments(length)
+  shapes = [(4, length, 4, 8), (4, length, 2, 8), (4, length, 2, 8)]
+  keys = jax.random.split(jax.random.key(0), 4)
+  inputs = [
+      jax.random.normal(k, s) for k, s in zip(keys[:3], shapes, strict=True)
+  ]
+  weights_BTHd = jax.random.normal(keys[3], shapes[0])
+
+  def both(function, segments):
+    return jax.jit(
+        jax.value_and_grad(
+            lambda x: ((y := function(*x, segments)) * weights_BTHd).sum()
+            + (y**2).sum(),
+        )
+    )(inputs), jax.jit(function)(*inputs, segments)
+
+  by_blocks = both(dot_product.attend_causal, segments_BT)
+  by_all = both(
+      lambda q, k, v, s: dot_product.attend(
+          q, k, v, dot_product.causal_mask(s)
+      ),
+      segments_BT,
+  )
+  jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5),
+      by_blocks,
+      by_all,
+  )
+
+
+def test_blocks_of_queries_leave_out_most_later_keys():
+  x_BTHd = jnp.zeros((1, 1024, 2, 64))
+  segments_BT = jnp.ones((1, 1024), jnp.int32)
+
+  def flops(function, *arguments):
+    return jax.jit(function).lower(*arguments).cost_analysis()['flops']
+
+  some = flops(dot_product.attend_causal, *[x_BTHd] * 3, segments_BT)
+  every = flops(
+      dot_product.attend, *[x_BTHd] * 3, dot_product.causal_mask(segments_BT)
+  )
+  assert some < 0.65 * every
+
+
 def test_packed_conversations_equal_single_ones():
   cfg = tiny.model_config()
   params = tiny.params_of(cfg)
@@ -117,7 +173,8 @@ def test_partial_rotation_leaves_the_rest_alone():
 
   x_BTHd = jax.random.normal(jax.random.key(0), (1, 3, 1, 10))
   positions_BT = jnp.arange(3)[None]
-  turned = layers.rotate(x_BTHd, positions_BT, 0.4, 10000.0)
+  by = layers.rotation(positions_BT, 10, 0.4, 10000.0)
+  turned = layers.rotate(x_BTHd, by)
   np.testing.assert_array_equal(turned[..., 4:], x_BTHd[..., 4:])
   np.testing.assert_array_equal(turned[:, 0], x_BTHd[:, 0])
   assert not np.allclose(turned[:, 1, :, :4], x_BTHd[:, 1, :, :4])

@@ -76,6 +76,7 @@ def test_dropout_acts_on_both_branches(branch, parallel):
         {'params': params},
         x_BTD,
         jnp.broadcast_to(jnp.arange(16), (4, 16)),
+        None,
         dot_product.causal_mask(real_BT.astype(jnp.int32)),
         real_BT,
         ~real_BT,

@@ -124,7 +124,7 @@ def test_index_equals_the_products(name):
 
 @pytest.mark.parametrize('kind, top_k', [('gelu_tanh', 2), ('swiglu', 1)])
 def test_ragged_equals_the_products_that_drop_nothing(kind, top_k, monkeypatch):
-  monkeypatch.setattr(ragged, 'BLOCK', 4)  # Several for some of the experts.
+  monkeypatch.setattr(ragged, '_BLOCK', 4)  # Several for some of the experts.
   ample = _config(top_k=top_k, capacity_factor=4.0)
   tight = _config(top_k=top_k, capacity_factor=0.5, dispatch='ragged')
   found, expected = _run(tight, kind), _run(ample, kind)
@@ -140,9 +140,10 @@ def test_blocks_equal_grouped_products(kind):
   params = jax.tree.map(lambda x: rng.normal(size=x.shape), nn.unbox(shapes))
   weights = module.apply(jax.tree.map(np.float32, params), WIDTH)
   # The second has no row, and behind the third there are rows of nobody.
-  size_E = jnp.array([2, 0, 1], jnp.int32) * ragged.BLOCK
-  x_RD = rng.normal(size=(4 * ragged.BLOCK, WIDTH)).astype(np.float32)
-  mine_R1 = np.arange(len(x_RD))[:, None] < 3 * ragged.BLOCK
+  block = 16
+  size_E = jnp.array([2, 0, 1], jnp.int32) * block
+  x_RD = rng.normal(size=(4 * block, WIDTH)).astype(np.float32)
+  mine_R1 = np.arange(len(x_RD))[:, None] < 3 * block
 
   def run(which):
     def loss(weights, x_RD):
@@ -154,7 +155,7 @@ def test_blocks_equal_grouped_products(kind):
 
   jax.tree.map(
       lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4),
-      run(ragged.blocks),
+      run(functools.partial(ragged.blocks, block=block)),
       run(ragged.grouped),
   )
 

@@ -100,9 +100,8 @@ def test_full_rotary_embedding(base):
       torch.tensor(q_BTHd), torch.tensor(k_BTHd), cos, sin, unsqueeze_dim=2
   )
   for x_BTHd, expected in zip((q_BTHd, k_BTHd), theirs, strict=True):
-    ours = layers.rotate(
-        jnp.asarray(x_BTHd), jnp.asarray(positions_BT), 1.0, base
-    )
+    by = layers.rotation(jnp.asarray(positions_BT), 16, 1.0, base)
+    ours = layers.rotate(jnp.asarray(x_BTHd), by)
     # An angle of 4000 radians is known to 2e-4 in fp32.
     np.testing.assert_allclose(ours, expected, atol=1e-3)
     np.testing.assert_allclose(ours[0], expected[0], atol=1e-5)
@@ -116,7 +115,8 @@ def test_partial_rotary_embedding(fraction, d, turned):
 
   x_BTHd = _draw(1, 6, 2, d)
   positions_BT = jnp.arange(6)[None]
-  ours = layers.rotate(jnp.asarray(x_BTHd), positions_BT, fraction, 1e4)
+  by = layers.rotation(positions_BT, d, fraction, 1e4)
+  ours = layers.rotate(jnp.asarray(x_BTHd), by)
   angle_Td = torch.arange(6.0)[:, None] * 1e4 ** (
       -torch.arange(0, turned, 2) / turned
   )
