@@ -12,7 +12,6 @@ b rows of a block.
 
 import functools
 import math
-from typing import Any
 
 from flax.linen import spmd
 import jax
