@@ -73,6 +73,7 @@ def prefill(
       llava.init_cache(model.cfg.llm, b, size, dtype),
       lengths_B - 1,
       trace,
+      cache_is_empty=not _routes_padding(model.cfg),
   )
   count_B = jnp.zeros(b, jnp.int32)
   token_B = sampling.choose(given, out.logits_BTV[:, 0], count_B)
@@ -117,8 +118,22 @@ def step(
   return place(new, mesh), routed
 
 
+def _routes_padding(cfg: config.ModelConfig) -> bool:
+  """What padding attends to then shows: it may take the slots of tokens."""
+  return cfg.moe is not None and cfg.moe.route_padding
+
+
 def _forward(
-    model, params, tokens, segments, positions, images, cache, at, trace
+    model,
+    params,
+    tokens,
+    segments,
+    positions,
+    images,
+    cache,
+    at,
+    trace,
+    **options,
 ):
   """(`LlavaOutput`, `Routed` if `trace`); see `Llava.__call__`."""
   out, sown = model.apply(
@@ -130,6 +145,7 @@ def _forward(
       train=False,
       cache=cache,
       logits_at_B=at,
+      **options,
       # Only a model that is told to sample its second expert in evaluation
       # (the original does) draws from this.
       rngs={'router': jax.random.key(0)},

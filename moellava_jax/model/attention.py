@@ -21,11 +21,19 @@ class KVCache(NamedTuple):
   v_BKSd: jax.Array
 
 
+def _by_rows(q_BTHd, k_BTKd, v_BTKd, seen: dot_product.Causal):
+  """Attention to keys of the same rows."""
+  by = flash.attend if seen.by == 'flash' else dot_product.attend_causal
+  return by(q_BTHd, k_BTKd, v_BTKd, seen.segment_ids_BT)
+
+
 class Attention(nn.Module):
   """Multi-head attention with grouped keys and values (K <= H heads).
 
   Softmax in fp32. With `cache`, keys and values are first written at the
-  slots `positions_BT` and attention runs over all S slots of the cache.
+  slots `positions_BT`. Attention then runs over all S slots of the cache,
+  unless `seen` is a `dot_product.Causal`: that is for rows which are all that
+  the cache holds.
   """
 
   num_heads: int
@@ -60,9 +68,7 @@ class Attention(nn.Module):
     )
     if cache is None:
       if isinstance(seen, dot_product.Causal):
-        flashes = seen.by == 'flash'
-        by = flash.attend if flashes else dot_product.attend_causal
-        out_BTHd = by(q_BTHd, k_BTKd, v_BTKd, seen.segment_ids_BT)
+        out_BTHd = _by_rows(q_BTHd, k_BTKd, v_BTKd, seen)
       else:
         out_BTHd = dot_product.attend(q_BTHd, k_BTKd, v_BTKd, seen)
       return self._output(out_BTHd, x_BTD.shape[-1]), None
@@ -76,8 +82,11 @@ class Attention(nn.Module):
       )
 
     cache = KVCache(write(cache.k_BKSd, k_BTKd), write(cache.v_BKSd, v_BTKd))
-    k_BKSd, v_BKSd = (x.astype(self.dtype) for x in cache)
-    out_BTHd = dot_product.attend(q_BTHd, k_BKSd, v_BKSd, seen, keys='BKSd')
+    if isinstance(seen, dot_product.Causal):
+      out_BTHd = _by_rows(q_BTHd, k_BTKd, v_BTKd, seen)
+    else:
+      k_BKSd, v_BKSd = (x.astype(self.dtype) for x in cache)
+      out_BTHd = dot_product.attend(q_BTHd, k_BKSd, v_BKSd, seen, keys='BKSd')
     return self._output(out_BTHd, x_BTD.shape[-1]), cache
 
   def _project(self, x_BTD, name, heads, axis):

@@ -83,6 +83,7 @@ class Llava(nn.Module):
       *,
       train: bool,
       cache: tuple[attention.KVCache, ...] | None = None,
+      cache_is_empty: bool = False,
       logits_at_B: jax.Array | None = None,
       targets_BT: jax.Array | None = None,
   ) -> LlavaOutput:
@@ -96,6 +97,8 @@ class Llava(nn.Module):
         no row has an image (decoding).
       train: dropout, sampled routing and training capacity.
       cache: written at `positions_BT`; attention then sees the cache only.
+      cache_is_empty: these rows are the first that are written, and begin at
+        position 0; attention need not look at the slots behind them.
       logits_at_B: int32, the only column of each row that needs logits, which
         are then `[B, 1, V]`. Those of a long prompt are larger than the model.
       targets_BT: int32, the next tokens: what comes out are their losses, and
@@ -113,7 +116,7 @@ class Llava(nn.Module):
       x_BTD = place_images(x_BTD, patches_BIPD.reshape(b, -1, d), is_image_BT)
     # The original pads with zero vectors after splicing.
     x_BTD = jnp.where(is_token_BT[:, :, None], x_BTD, 0)
-    if cache is None:
+    if cache is None or cache_is_empty:
       seen = self._seen(segment_ids_BT)
     else:
       slots = cache[0].k_BKSd.shape[2]
@@ -138,7 +141,7 @@ class Llava(nn.Module):
     return LlavaOutput(self.llm.logits(hidden_BTD), out.moe, out.cache)
 
   def _seen(self, segment_ids_BT: jax.Array) -> dot_product.Causal:
-    """What `attention.Attention` takes for rows without a cache."""
+    """What `attention.Attention` takes for rows that see themselves only."""
     cfg = self.cfg
     how = 'einsum'  # Kernels give padding other results, which would be routed.
     if cfg.moe is None or not cfg.moe.route_padding:

@@ -216,6 +216,8 @@ class Moe(nn.Module):
     """
     x_ND = x_GSD.reshape(-1, x_GSD.shape[-1])
     cfg = self.cfg
+    if ragged.beats_every(weights, len(x_ND), cfg.top_k):
+      return ragged.ragged(x_GSD, routing, weights, self.kind, self.dtype)
     choice_Nk, weight_Nk = (
         x.reshape(-1, cfg.top_k)
         for x in (routing.choice_GSk, routing.weight_GSk)

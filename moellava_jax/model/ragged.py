@@ -30,6 +30,26 @@ def block_rows(choices: int, experts: int) -> int:
   return 2 * _BLOCK if choices >= 8 * _BLOCK * experts else _BLOCK
 
 
+def beats_every(weights: experts_lib.Weights, tokens: int, top_k: int) -> bool:
+  """Whether `ragged` takes less time than `experts.every`, where both serve.
+
+  On the CPU, if the products of a block outweigh what its loop costs, a fixed
+  0.2 ms, and blocks have 3/4 of the rows. 512 tokens, E=4, k=2, swiglu: 26 of
+  31 ms at D=256, F=1024; 11.9 of 10.8 ms at D=128, F=512. 4096 tokens: 152 of
+  244 ms at D=256.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if any(mesh.shape.get(axis, 1) > 1 for axis in ('expert', 'tensor')):
+    return False
+  experts, width, mlp_width = weights.up[0].kernel_EDF.shape
+  choices = tokens * top_k
+  rows = choices + experts * block_rows(choices, experts)
+  large = width * mlp_width >= 1 << 17
+  return (
+      layers.platform() == 'cpu' and large and 4 * rows <= 3 * tokens * experts
+  )
+
+
 def sort(
     routing: routing_lib.Routing, block: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:

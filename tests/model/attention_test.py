@@ -161,6 +161,43 @@ def test_cached_decoding_equals_the_full_forward(moe):
     np.testing.assert_allclose(out.logits_BTV[:, 0], full_BTV[:, t], atol=1e-5)
 
 
+def test_an_empty_cache_is_filled_but_not_read():
+  """Right-padded rows of which some are cut into blocks of queries."""
+  cfg = tiny.model_config()
+  params, data = tiny.params_of(cfg), tiny.batch(cfg, rows=3, length=140)
+
+  def run(is_empty):
+    cache = llava.init_cache(cfg.llm, 3, 160, jnp.float32)
+    if is_empty:
+      cache = jax.tree.map(lambda x: x + np.nan, cache)
+    out = jax.jit(
+        lambda: llava.Llava(cfg).apply(
+            {'params': params},
+            data.tokens_BT,
+            data.segment_ids_BT,
+            data.positions_BT,
+            data.images_BIHWC,
+            train=False,
+            cache=cache,
+            cache_is_empty=is_empty,
+        )
+    )()
+    assert out.cache is not None
+    return out.logits_BTV, out.cache
+
+  logits_BTV, cache = run(False)
+  found_BTV, found = run(True)
+  real_BT = data.segment_ids_BT > 0
+  np.testing.assert_allclose(found_BTV[real_BT], logits_BTV[real_BT], atol=5e-5)
+  for layer, expected in zip(found, cache, strict=True):
+    for a_BKSd, b_BKSd in zip(layer, expected, strict=True):
+      np.testing.assert_allclose(
+          np.moveaxis(a_BKSd, 2, 1)[:, :140][real_BT],
+          np.moveaxis(b_BKSd, 2, 1)[:, :140][real_BT],
+          atol=1e-5,
+      )
+
+
 def test_a_row_of_padding_is_finite():
   cfg = tiny.model_config()
   params, data = tiny.params_of(cfg), tiny.batch(cfg)

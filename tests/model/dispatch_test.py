@@ -132,6 +132,50 @@ def test_ragged_equals_the_products_that_drop_nothing(kind, top_k, monkeypatch):
   _close(found, expected)
 
 
+def test_large_experts_answer_by_blocks_of_rows(monkeypatch):
+  """As all experts on all tokens would, for less: nothing is dropped."""
+  layer = moe.Moe(
+      _config(eval_capacity_factor=None, group='batch'),
+      'gelu_tanh',
+      2048,
+      True,
+      jnp.dtype('float32'),
+  )
+  x_BTD = jax.random.normal(jax.random.key(0), (4, 128, 64))
+  is_token_BT = jnp.arange(512).reshape(4, 128) % 7 > 0
+  params = layer.init(
+      jax.random.key(1), x_BTD, is_token_BT, is_token_BT, train=False
+  )
+
+  def compiled():
+    def run(params, x_BTD):
+      return layer.apply(params, x_BTD, is_token_BT, is_token_BT, train=False)[
+          0
+      ]
+
+    return jax.jit(run).lower(params, x_BTD).compile()
+
+  blocks = compiled()
+  monkeypatch.setattr(ragged, 'beats_every', lambda *_: False)
+  every = compiled()
+  assert 'while' in blocks.as_text() and 'while' not in every.as_text()
+  np.testing.assert_allclose(
+      blocks(params, x_BTD), every(params, x_BTD), atol=1e-5
+  )
+
+
+def test_blocks_are_for_many_tokens_and_large_experts_of_one_device():
+  def weights(width, mlp_width):
+    up = experts.Linear(jnp.zeros((4, width, mlp_width)), None)
+    return experts.Weights((up,), up)
+
+  assert ragged.beats_every(weights(256, 512), 512, 2)
+  assert not ragged.beats_every(weights(256, 512), 256, 2)
+  assert not ragged.beats_every(weights(64, 128), 4096, 2)
+  with jax.set_mesh(jax.make_mesh((2,), ('expert',))):
+    assert not ragged.beats_every(weights(256, 512), 512, 2)
+
+
 @pytest.mark.parametrize('kind', ['gelu_tanh', 'swiglu'])
 def test_blocks_equal_grouped_products(kind):
   rng = np.random.default_rng(0)
