@@ -12,6 +12,7 @@ b rows of a block.
 
 import functools
 import math
+from typing import Any
 
 from flax.linen import spmd
 import jax
@@ -113,11 +114,8 @@ def _local(x_GSD, routing, weights, *, kind, dtype):
   place_1Tk, filled_11R, size_E = sort(routing, block)
   x_1TD = x_GSD.reshape(1, -1, x_GSD.shape[-1]).astype(dtype)
   x_RD = dispatch.to_slots(x_1TD, place_1Tk, filled_11R)[0, 0]
-  if on_cpu:
-    y_RD = blocks(weights, x_RD, size_E, kind, dtype, block)
-  else:
-    y_RD = grouped(weights, x_RD, size_E, kind, dtype)
-  y_RD = y_RD.astype(dtype)
+  run: Any = functools.partial(blocks, block=block) if on_cpu else grouped
+  y_RD = run(weights, x_RD, size_E, kind, dtype).astype(dtype)
   weight_1Tk = routing.weight_GSk.reshape(place_1Tk.shape)
   y_1TD = dispatch.from_slots(
       y_RD[None, None], weight_1Tk, place_1Tk, filled_11R
