@@ -10,6 +10,7 @@ import contextlib
 import importlib.util
 import io
 import json
+import secrets
 import shutil
 from typing import Any
 
@@ -73,14 +74,22 @@ def room(path: str) -> int | None:
 
 
 def write_text(path: Any, text: str) -> None:
-  """Writes a small file so that it is either old or new, never half."""
+  """Writes a small file so that it is either old or new, never half.
+
+  Several threads or processes may write it at once: the last one's stays.
+  """
   path = epath.Path(path)
   if _is_stored(path):
     path.write_text(text)
     return
-  temporary = path.parent / f'.{path.name}.tmp'
-  temporary.write_text(text)
-  temporary.replace(path)
+  temporary = path.parent / f'.{path.name}.{secrets.token_hex(4)}.tmp'
+  try:
+    temporary.write_text(text)
+    temporary.replace(path)
+  except BaseException:
+    with contextlib.suppress(OSError):
+      temporary.unlink(missing_ok=True)
+    raise
 
 
 def write_json(path: Any, value: Any) -> None:

@@ -4,6 +4,7 @@
 `tests/train/gs_test.py` has gcsfs, Orbax and TensorStore do it.
 """
 
+from concurrent import futures
 import importlib.util
 import io
 import json
@@ -209,3 +210,23 @@ def test_what_cannot_be_reached_is_said_at_once(monkeypatch, path, message):
   with pytest.raises(config.UserError, match=message):
     checkpoint.find(path)
   run_folder.check('runs/local')
+
+
+def test_several_may_write_a_file_at_once(tmp_path):
+  path = tmp_path / 'shared.json'
+
+  def write(n):
+    for _ in range(50):
+      run_folder.write_json(path, {'writer': n})
+
+  with futures.ThreadPoolExecutor(8) as pool:
+    list(pool.map(write, range(8)))
+  assert json.loads(path.read_text())['writer'] in range(8)
+  assert [file.name for file in tmp_path.iterdir()] == ['shared.json']
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path):
+  (tmp_path / 'taken').mkdir()
+  with pytest.raises(OSError):
+    run_folder.write_text(tmp_path / 'taken', 'text')
+  assert [file.name for file in tmp_path.iterdir()] == ['taken']
