@@ -33,8 +33,10 @@ def get_config(stage: str = 'all') -> ml_collections.ConfigDict:
   c.data.shapes.train_scenes = 300 if smoke else 8000
   c.data.shapes.heldout_scenes = 60 if smoke else 600
 
-  # Copying experts this small is quicker than sending tokens to them.
+  # Copying experts this small is quicker than sending tokens to them, and
+  # one-hot products would take as long as the experts themselves.
   c.mesh.expert = 1
+  c.model.moe.dispatch = 'auto'
 
   # Short runs: a shorter memory of squared gradients, and clipping.
   c.optimizer.b2 = 0.98
