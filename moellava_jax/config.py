@@ -183,9 +183,10 @@ class ModelConfig:
   # Columns of the logits that exist at once in training, at most; the head is
   # multiplied again backward where the vocabulary is larger.
   loss_chunk: int
-  # How training and prompts attend. einsum: products, with all scores in
-  # memory. flash: a kernel of the accelerator that keeps none. auto: flash on
-  # GPUs and TPUs, in rows of 256 positions or more, where it works.
+  # How training and prompts attend. einsum: products, by blocks of queries in
+  # rows of more than 128 positions, whose scores are computed again backward.
+  # flash: a kernel of the accelerator, which has no scores in memory. auto:
+  # flash on GPUs and TPUs, in rows of 256 positions or more, where it works.
   attention: Literal['auto', 'einsum', 'flash']
 
   def segments(self) -> tuple[trees.Segment, ...]:

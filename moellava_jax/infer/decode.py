@@ -119,7 +119,10 @@ def step(
 
 
 def _routes_padding(cfg: config.ModelConfig) -> bool:
-  """What padding attends to then shows: it may take the slots of tokens."""
+  """Whether padding may take the slots of tokens.
+
+  Then what it attends to matters: the cache, as the original's does.
+  """
   return cfg.moe is not None and cfg.moe.route_padding
 
 

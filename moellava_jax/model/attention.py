@@ -21,8 +21,8 @@ class KVCache(NamedTuple):
   v_BKSd: jax.Array
 
 
-def _by_rows(q_BTHd, k_BTKd, v_BTKd, seen: dot_product.Causal):
-  """Attention to keys of the same rows."""
+def _attend_causally(q_BTHd, k_BTKd, v_BTKd, seen: dot_product.Causal):
+  """Attention to the keys of these rows, not to a cache."""
   by = flash.attend if seen.by == 'flash' else dot_product.attend_causal
   return by(q_BTHd, k_BTKd, v_BTKd, seen.segment_ids_BT)
 
@@ -53,7 +53,11 @@ class Attention(nn.Module):
       seen: dot_product.Causal | jax.Array | None,
       cache: KVCache | None = None,
   ) -> tuple[jax.Array, KVCache | None]:
-    """`seen` says which keys; an array is bool `[B, T, S]`; None is all."""
+    """Heads are turned by `rotation`, None: not.
+
+    `positions_BT` are slots of the cache. `seen` says which keys a query sees;
+    an array is bool `[B, T, S]`; None is all.
+    """
     q_BTHd = self._project(x_BTD, 'q', self.num_heads, 'heads')
     k_BTKd = self._project(x_BTD, 'k', self.num_kv_heads, 'kv_heads')
     v_BTKd = self._project(x_BTD, 'v', self.num_kv_heads, 'kv_heads')
@@ -68,7 +72,7 @@ class Attention(nn.Module):
     )
     if cache is None:
       if isinstance(seen, dot_product.Causal):
-        out_BTHd = _by_rows(q_BTHd, k_BTKd, v_BTKd, seen)
+        out_BTHd = _attend_causally(q_BTHd, k_BTKd, v_BTKd, seen)
       else:
         out_BTHd = dot_product.attend(q_BTHd, k_BTKd, v_BTKd, seen)
       return self._output(out_BTHd, x_BTD.shape[-1]), None
@@ -83,7 +87,7 @@ class Attention(nn.Module):
 
     cache = KVCache(write(cache.k_BKSd, k_BTKd), write(cache.v_BKSd, v_BTKd))
     if isinstance(seen, dot_product.Causal):
-      out_BTHd = _by_rows(q_BTHd, k_BTKd, v_BTKd, seen)
+      out_BTHd = _attend_causally(q_BTHd, k_BTKd, v_BTKd, seen)
     else:
       k_BKSd, v_BKSd = (x.astype(self.dtype) for x in cache)
       out_BTHd = dot_product.attend(q_BTHd, k_BKSd, v_BKSd, seen, keys='BKSd')

@@ -52,8 +52,8 @@ def one_hot(
   return dispatch_GSEC, combine_GSEC
 
 
-def resolve(dispatch: str, platform: str) -> str:
-  """What 'auto' stands for; other names stand for themselves.
+def resolve(dispatch: str, platform: str, *, quiet: bool = False) -> str:
+  """What 'auto' stands for, said once; other names stand for themselves.
 
   Only among what gives the same results, so that no setting of a run depends
   on where it runs.
@@ -61,7 +61,8 @@ def resolve(dispatch: str, platform: str) -> str:
   if dispatch != 'auto':
     return dispatch
   name, why = _AUTO.get(platform, _AUTO['cpu'])
-  _announce(f"model.moe.dispatch='auto' is {name!r} on {platform}: {why}")
+  if not quiet:
+    _announce(f"model.moe.dispatch='auto' is {name!r} on {platform}: {why}")
   return name
 
 
@@ -234,10 +235,13 @@ def _from_slots_backward(kept, grad_GSD):
   grad_GECD = (grad_GZD * weight_GZ1).astype(y_EGCD.dtype)
   grad_GECD = grad_GECD.reshape(groups, experts, slots, -1)
   y_GSkD = _of_choices(y_EGCD, place_GSk).astype(jnp.float32)
-  # Not a sum: XLA's CPU would fuse it with the gather and take 12 times as long.
-  grad_GSk = jnp.einsum(
-      'GSkD,GSD->GSk', y_GSkD, grad_GSD, precision=jax.lax.Precision.HIGHEST
-  )
+  if layers.platform() == 'cpu':
+    # Which would fuse a sum with the gather, and take 12 times as long.
+    grad_GSk = jnp.einsum(
+        'GSkD,GSD->GSk', y_GSkD, grad_GSD, precision=jax.lax.Precision.HIGHEST
+    )
+  else:  # Where a product would first write what was gathered.
+    grad_GSk = jnp.sum(y_GSkD * grad_GSD[:, :, None], axis=-1)
   return jnp.swapaxes(grad_GECD, 0, 1), grad_GSk, None, None
 
 

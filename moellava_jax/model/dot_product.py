@@ -9,8 +9,6 @@ import jax.numpy as jnp
 
 from moellava_jax.model import layers
 
-# Queries that meet the same number of keys in `attend_causal`: a fourth of the
-# row, which leaves 5/8 of all scores, but no less than this.
 _SMALLEST_BLOCK = 128
 
 
@@ -80,6 +78,16 @@ def attend(
   return out_BTKGd.reshape(b, t, h, d)
 
 
+def block_of(length: int) -> int:
+  """Queries that meet the same number of keys in `attend_causal`.
+
+  A fourth of the row, which leaves 5/8 of all scores, in multiples of 128.
+  """
+  if length <= _SMALLEST_BLOCK:
+    return length
+  return _SMALLEST_BLOCK * -(-length // (4 * _SMALLEST_BLOCK))
+
+
 def attend_causal(
     q_BTHd: jax.Array,
     k_BTKd: jax.Array,
@@ -88,27 +96,34 @@ def attend_causal(
 ) -> jax.Array:
   """`attend` with `causal_mask`, by blocks of queries and the keys up to them.
 
-  What the backward pass needs of a block is computed again.
+  Returns fp32 `[B, T, H, d]`, for any T. The scores of a block are computed
+  again in the backward pass, so that those of a whole row are never kept.
   """
   length = q_BTHd.shape[1]
-  if length <= _SMALLEST_BLOCK:
-    return attend(q_BTHd, k_BTKd, v_BTKd, causal_mask(segment_ids_BT))
-  block = _SMALLEST_BLOCK * -(-length // (4 * _SMALLEST_BLOCK))
+  block = block_of(length)
   mask_BTS = causal_mask(segment_ids_BT)
+  if block == length:
+    return attend(q_BTHd, k_BTKd, v_BTKd, mask_BTS)
   # As the products read them: otherwise every block would transpose its keys.
   k_BKTd, v_BKTd = (x.transpose(0, 2, 1, 3) for x in (k_BTKd, v_BTKd))
-  attend_block = jax.checkpoint(functools.partial(attend, keys='BKSd'))
-  blocks = []
-  for start in range(0, length, block):
-    end = min(start + block, length)
-    blocks.append(
-        attend_block(
-            q_BTHd[:, start:end],
-            k_BKTd[:, :, :end],
-            v_BKTd[:, :, :end],
-            mask_BTS[:, start:end, :end],
-        )
+
+  # Whole arrays are kept for all blocks once; slices would be kept for each.
+  @functools.partial(jax.checkpoint, static_argnums=(4, 5))
+  def attend_block(q_BTHd, k_BKTd, v_BKTd, mask_BTS, start, end):
+    return attend(
+        q_BTHd[:, start:end],
+        k_BKTd[:, :, :end],
+        v_BKTd[:, :, :end],
+        mask_BTS[:, start:end, :end],
+        keys='BKSd',
     )
+
+  blocks = [
+      attend_block(
+          q_BTHd, k_BKTd, v_BKTd, mask_BTS, start, min(start + block, length)
+      )
+      for start in range(0, length, block)
+  ]
   y_BTHd = jnp.concatenate(blocks, axis=1)
   # `attend` gives padding before all tokens the mean of all values.
   mean_B1Kd = jnp.mean(v_BTKd.astype(jnp.float32), axis=1, keepdims=True)

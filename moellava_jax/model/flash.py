@@ -2,10 +2,11 @@
 """Causal attention of packed rows without their T x T scores in memory.
 
 On GPUs by cuDNN's kernel (`jax.nn.dot_product_attention`), on TPUs by splash
-attention, the Pallas kernel in JAX. Both take what `dot_product.attend` takes in
-training and give the same results, up to rounding, at all real positions.
-Neither has been run on its accelerator here: a process compares its kernel with
-`attend` on a small case first, and does without it if they differ.
+attention, the Pallas kernel in JAX. Both take what `dot_product.attend_causal`
+takes, in training and for prompts, and give the same results, up to rounding, at
+all real positions. Neither has been run on its accelerator here: a process
+compares its kernel with `dot_product.attend` on a small case first, and does
+without it if they differ.
 """
 
 import functools
@@ -67,7 +68,7 @@ def attend(
     v_BTKd: jax.Array,
     segment_ids_BT: jax.Array,
 ) -> jax.Array:
-  """`dot_product.attend` with `causal_mask`, by the platform's kernel.
+  """`dot_product.attend_causal`, by the platform's kernel.
 
   Padding queries may see other keys than there; nobody sees what they get.
   Every device runs the kernel on the rows and heads it holds.

@@ -17,6 +17,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from moellava_jax import config
+
 ACTIVATIONS = {
     'gelu': functools.partial(nn.gelu, approximate=False),
     'gelu_tanh': functools.partial(nn.gelu, approximate=True),
@@ -206,8 +208,17 @@ def rotation(
   The layout of all backbones of the original: dimension i turns with
   dimension i + n/2 of the n rotated ones, at the angle position / base^(2i/n).
   None if nothing is rotated.
+
+  Raises:
+    UserError: n is odd; dimensions turn in pairs.
   """
   n = int(head_dim * fraction)
+  if n % 2:
+    raise config.UserError(
+        f'model.llm.head_dim={head_dim} times rotary_fraction={fraction}'
+        f' rotates {n} dimensions; expected an even number, as they turn in'
+        ' pairs.'
+    )
   if n == 0:
     return None
   inverse = base ** (-jnp.arange(0, n, 2, dtype=jnp.float32) / n)
@@ -218,7 +229,8 @@ def rotation(
   # takes several times as long as the rotation itself, but it keeps what comes
   # out of a loop.
   both_NBTd = jax.lax.map(
-      lambda n: jax.lax.switch(n, (jnp.cos, jnp.sin), angle_BTd), jnp.arange(2)
+      lambda way: jax.lax.switch(way, (jnp.cos, jnp.sin), angle_BTd),
+      jnp.arange(2),
   )
   return Rotation(*both_NBTd)
 

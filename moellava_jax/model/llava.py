@@ -96,9 +96,11 @@ class Llava(nn.Module):
       images_BIHWC: uint8, or normalised floats, or their features; None where
         no row has an image (decoding).
       train: dropout, sampled routing and training capacity.
-      cache: written at `positions_BT`; attention then sees the cache only.
-      cache_is_empty: these rows are the first that are written, and begin at
-        position 0; attention need not look at the slots behind them.
+      cache: written at `positions_BT`; attention then sees the cache only, up
+        to the position of a query, whatever the segments are.
+      cache_is_empty: these rows are all that it will hold, from position 0 on:
+        never rows that go on from others. Attention then sees them as it does
+        without a cache, segments included, and padding gets other values.
       logits_at_B: int32, the only column of each row that needs logits, which
         are then `[B, 1, V]`. Those of a long prompt are larger than the model.
       targets_BT: int32, the next tokens: what comes out are their losses, and

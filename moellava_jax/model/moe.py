@@ -199,7 +199,10 @@ class Moe(nn.Module):
 
   def _carried(self, x_GSD, routing, slots, weights):
     """By way of the slots of the experts, or of rows sorted by expert."""
-    how = dispatch.resolve(self.cfg.dispatch, layers.platform())
+    # Parameters may be made elsewhere than where they will be used.
+    how = dispatch.resolve(
+        self.cfg.dispatch, layers.platform(), quiet=self.is_initializing()
+    )
     if how == 'ragged':
       return ragged.ragged(x_GSD, routing, weights, self.kind, self.dtype)
     carry = {'einsum': dispatch.einsum, 'index': dispatch.index}

@@ -4,7 +4,9 @@
 A product of [m, k] and [k, n] is 2 m k n operations; what is not a product is
 not counted. A trained weight costs as much again backward, and so does the
 gradient of an input that depends on something trained. Attention is counted
-over all pairs of positions, as it is computed, and padding counts as tokens.
+over all pairs of positions, as is usual for an MFU; what runs is 5/8 of them
+(`dot_product.attend_causal`) or half (a kernel), and computes them again in the
+backward pass. Padding counts as tokens.
 Letters as in `model.layers`.
 """
 
@@ -48,7 +50,7 @@ class StepFlops(NamedTuple):
 
   @property
   def total(self) -> float:
-    """All products that the devices run."""
+    """All products that run, with attention over all pairs."""
     return self.model + self.capacity + self.dispatch + self.recompute
 
 

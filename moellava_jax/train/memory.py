@@ -161,17 +161,28 @@ def _activations(
     logits = rest.having(vocab)
     loss = logits.bytes(model.llm, tensor)
     shared = (rest - logits).bytes(model.llm, tensor)
-    _, whole = residuals.of_layer(cfg, stage, traced, kind, residuals.PRODUCTS)
-    # While a layer is differentiated: the results of its products, unless they
-    # were kept anyway, and two cotangents of the largest of them.
-    work = 2 * whole.largest() // tensor
+    _, products = residuals.of_layer(
+        cfg, stage, traced, kind, residuals.PRODUCTS
+    )
+    _, every = residuals.of_layer(cfg, stage, traced, kind, 'none')
+    whole = min(
+        products.bytes(model.llm, tensor), every.bytes(model.llm, tensor)
+    )
+    # While a layer is differentiated: cotangents of the largest result of a
+    # product, and what it needs, unless that was kept anyway.
+    work = 2 * products.largest() // tensor
     kept = layer.bytes(model.llm, tensor)
-    if model.remat == 'none':
+    if model.scan_layers:
+      # What a loop keeps cannot be made again by its compiler. On the CPU about
+      # four arrays of the scores of a block of queries are at work.
+      whole = every.bytes(model.llm, tensor)
+      work = 4 * products.largest() // tensor
+    elif model.remat == 'none':
       # XLA makes some of what could be kept again, where that is cheap. On the
       # CPU it ends half-way between all and the results of products alone.
-      kept = (kept + whole.bytes(model.llm, tensor)) // 2
-    else:
-      work += whole.bytes(model.llm, tensor)
+      kept = (kept + whole) // 2
+    if model.remat != 'none':
+      work += whole
     saved += counts[kind] * kept
     working = max(working, work)
   # Two cotangents of the logits, beside what the loss keeps of them.

@@ -2,6 +2,8 @@
 """`moellava_jax.load(DIR).chat(...)`: turns, batches, pieces, stop, traces."""
 
 import dataclasses
+import json
+import shutil
 
 import numpy as np
 from PIL import Image
@@ -154,6 +156,19 @@ def test_the_door_splits_a_model_over_a_mesh(checkpoint_dir, chat):
   asked = [requests.conversation(image, QUESTION, ()) for image in (RED, GREEN)]
   expected = chat.generate(asked, **ASK, batch_size=4)
   assert split.generate(asked, **ASK, batch_size=4) == expected
+
+
+def test_a_model_trained_with_a_kernel_answers_without_one(
+    checkpoint_dir, chat, tmp_path
+):
+  copy = tmp_path / 'moe' / 'final'
+  shutil.copytree(checkpoint_dir, copy)
+  saved = json.loads((copy / 'config.json').read_text())
+  assert saved['model']['attention'] == 'auto'
+  saved['model']['attention'] = 'flash'
+  (copy / 'config.json').write_text(json.dumps(saved))
+  there = chat_lib.load(str(copy))
+  assert there.chat(RED, QUESTION, **ASK) == chat.chat(RED, QUESTION, **ASK)
 
 
 @pytest.mark.parametrize(

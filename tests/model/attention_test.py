@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moellava_jax import config
 from moellava_jax.model import dot_product, llava
 from tests import tiny
 
@@ -110,6 +111,24 @@ def test_blocks_of_queries_leave_out_most_later_keys():
       dot_product.attend, *[x_BTHd] * 3, dot_product.causal_mask(segments_BT)
   )
   assert some < 0.65 * every
+
+
+def test_blocks_of_queries_keep_each_key_once():
+  shape_BTHd = (1, 1024, 2, 64)
+  inputs = [jnp.zeros(shape_BTHd)] * 3
+  segments_BT = jnp.ones((1, 1024), jnp.int32)
+
+  def kept(q, k, v):
+    return jax.vjp(
+        lambda *x: dot_product.attend_causal(*x, segments_BT), q, k, v
+    )[1]
+
+  floats = [
+      x.size
+      for x in jax.tree.leaves(jax.eval_shape(kept, *inputs))
+      if x.dtype == jnp.float32
+  ]
+  assert floats == [x.size for x in inputs]
 
 
 def test_packed_conversations_equal_single_ones():
@@ -220,6 +239,13 @@ def test_partial_rotation_leaves_the_rest_alone():
   np.testing.assert_allclose(
       turned[0, 2, 0, 0], a * np.cos(2.0) - b * np.sin(2.0), rtol=1e-5
   )
+
+
+def test_dimensions_that_turn_are_pairs():
+  from moellava_jax.model import layers
+
+  with pytest.raises(config.UserError, match='rotates 3 dimensions'):
+    layers.rotation(jnp.arange(3)[None], 10, 0.3, 10000.0)
 
 
 def test_residual_dropout_acts_in_training_only():

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from moellava_jax import config, sharding
-from moellava_jax.model import dispatch, experts, moe, ragged
+from moellava_jax.model import dispatch, experts, layers, moe, ragged
 from tests import tiny
 
 ROWS, LENGTH, WIDTH = 8, 11, 8
@@ -122,6 +122,13 @@ def test_index_equals_the_products(name):
   _close(found, expected)
 
 
+def test_index_of_accelerators_has_the_same_gradients(monkeypatch):
+  cfg = _config(capacity_factor=0.7)  # Not traced elsewhere for the CPU.
+  expected = _run(cfg)
+  monkeypatch.setattr(layers, 'platform', lambda: 'gpu')
+  _close(_run(dataclasses.replace(cfg, dispatch='index')), expected)
+
+
 @pytest.mark.parametrize('kind, top_k', [('gelu_tanh', 2), ('swiglu', 1)])
 def test_ragged_equals_the_products_that_drop_nothing(kind, top_k, monkeypatch):
   monkeypatch.setattr(ragged, '_BLOCK', 4)  # Several for some of the experts.
@@ -172,8 +179,9 @@ def test_blocks_are_for_many_tokens_and_large_experts_of_one_device():
   assert ragged.beats_every(weights(256, 512), 512, 2)
   assert not ragged.beats_every(weights(256, 512), 256, 2)
   assert not ragged.beats_every(weights(64, 128), 4096, 2)
-  with jax.set_mesh(jax.make_mesh((2,), ('expert',))):
-    assert not ragged.beats_every(weights(256, 512), 512, 2)
+  for axis in ('data', 'expert'):
+    with jax.set_mesh(jax.make_mesh((2,), (axis,))):
+      assert not ragged.beats_every(weights(256, 512), 512, 2)
 
 
 @pytest.mark.parametrize('kind', ['gelu_tanh', 'swiglu'])
@@ -245,6 +253,16 @@ def _compare(cfg, dispatch, name):
     (_, (y_BTD, stats)), grads = jax.device_get(found)
   _close((y_BTD, stats, grads), expected)
   return expected
+
+
+def test_auto_is_not_announced_by_making_parameters(capsys):
+  dispatch._announce.cache_clear()
+  cfg = dataclasses.replace(CASES['top-2 with drops'], dispatch='auto')
+  layer, rngs = _layer(cfg, 'gelu_tanh'), jax.random.key(0)
+  jax.eval_shape(
+      lambda: layer.init(rngs, _input(), REAL_BT, REAL_BT, train=True)
+  )
+  assert 'auto' not in capsys.readouterr().out
 
 
 def test_auto_says_what_it_is_and_keeps_the_results(capsys):

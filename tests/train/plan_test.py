@@ -158,6 +158,20 @@ def test_activations_follow_rows_and_rematerialisation():
   assert lean.state == plain.state
 
 
+@pytest.mark.parametrize('remat', ['none', 'full'])
+def test_the_estimate_of_a_loop_agrees_with_xla(remat):
+  cfg = _config(
+      'finetune',
+      model__remat=remat,
+      model__scan_layers=True,
+      model__llm__depth=4,
+      finetune__row_length=1024,
+  )
+  found = compiled.Step(cfg, 'finetune', _target(1)).report()
+  estimate = memory.of_stage(cfg, 'finetune', ONE)
+  assert estimate.total == pytest.approx(found.total, rel=0.2)
+
+
 def test_advice_fits_and_the_settings_before_it_do_not():
   cfg = _config()
   usable = memory.of_stage(_config(moe__accumulate=4), 'moe', ONE).total
