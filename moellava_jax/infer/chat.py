@@ -318,7 +318,7 @@ def load(
   sharding.simulate_devices(cpu_devices)
   mesh = sharding.data_mesh() if mesh is None else mesh
   cfg, stage = checkpoint.describe(path)
-  model = llava.Llava(_anywhere(cfg.stage_model(stage)))
+  model = llava.Llava(_kernel_optional(cfg.stage_model(stage)))
   found = checkpoint.load(
       path, places(model, mesh), default=sharding.replicated(mesh)
   )
@@ -337,8 +337,8 @@ def load(
   )
 
 
-def _anywhere(model: config.ModelConfig) -> config.ModelConfig:
-  """Without the demand for a kernel: answers need not come where it is."""
+def _kernel_optional(model: config.ModelConfig) -> config.ModelConfig:
+  """Where 'flash' was demanded for training, answers take it if it is there."""
   if model.attention != 'flash':
     return model
   return dataclasses.replace(model, attention='auto')

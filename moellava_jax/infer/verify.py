@@ -63,7 +63,9 @@ def our_logits(path: str):
     moe = dataclasses.replace(
         moe, eval_capacity_factor=None, eval_second_choice='argmax'
     )
-  model = dataclasses.replace(model, moe=moe, compute_dtype='float32')
+  model = dataclasses.replace(
+      model, moe=moe, compute_dtype='float32', attention='einsum'
+  )
   given = inputs(model)
   marks_P = np.full(model.vision.num_tokens, config.IMAGE_TOKEN, np.int32)
   ids_T = np.concatenate(

@@ -69,7 +69,7 @@ def resolve(dispatch: str, platform: str, *, quiet: bool = False) -> str:
 _AUTO = {
     'cpu': (
         'index',
-        'gathers took less time than products, in groups of 32 to 512 tokens',
+        'products never took less time, in groups of 32 to 512 tokens',
     ),
     'gpu': ('index', 'it has no products to carry tokens (not measured)'),
     'tpu': ('einsum', 'it makes the one-hot factors on the fly (not measured)'),

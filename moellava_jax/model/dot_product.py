@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from moellava_jax.model import layers
 
-_SMALLEST_BLOCK = 128
+_SMALLEST_BLOCK = 128  # Queries.
 
 
 @flax.struct.dataclass
@@ -78,16 +78,6 @@ def attend(
   return out_BTKGd.reshape(b, t, h, d)
 
 
-def block_of(length: int) -> int:
-  """Queries that meet the same number of keys in `attend_causal`.
-
-  A fourth of the row, which leaves 5/8 of all scores, in multiples of 128.
-  """
-  if length <= _SMALLEST_BLOCK:
-    return length
-  return _SMALLEST_BLOCK * -(-length // (4 * _SMALLEST_BLOCK))
-
-
 def attend_causal(
     q_BTHd: jax.Array,
     k_BTKd: jax.Array,
@@ -100,9 +90,10 @@ def attend_causal(
   again in the backward pass, so that those of a whole row are never kept.
   """
   length = q_BTHd.shape[1]
-  block = block_of(length)
+  # A fourth of the row, in multiples of the smallest: 5/8 of all scores are left.
+  block = _SMALLEST_BLOCK * -(-length // (4 * _SMALLEST_BLOCK))
   mask_BTS = causal_mask(segment_ids_BT)
-  if block == length:
+  if length <= block:
     return attend(q_BTHd, k_BTKd, v_BTKd, mask_BTS)
   # As the products read them: otherwise every block would transpose its keys.
   k_BKTd, v_BKTd = (x.transpose(0, 2, 1, 3) for x in (k_BTKd, v_BTKd))

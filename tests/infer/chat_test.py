@@ -13,7 +13,7 @@ import moellava_jax
 from moellava_jax import config, sharding
 from moellava_jax.data import templates
 from moellava_jax.infer import chat as chat_lib
-from moellava_jax.infer import generate, requests, sampling
+from moellava_jax.infer import generate, requests, sampling, verify
 from tests import tiny
 
 RED = Image.new('RGB', (9, 7), 'red')
@@ -169,6 +169,12 @@ def test_a_model_trained_with_a_kernel_answers_without_one(
   (copy / 'config.json').write_text(json.dumps(saved))
   there = chat_lib.load(str(copy))
   assert there.chat(RED, QUESTION, **ASK) == chat.chat(RED, QUESTION, **ASK)
+  for ours, theirs in zip(
+      verify.our_logits(str(copy))[1:],
+      verify.our_logits(checkpoint_dir)[1:],
+      strict=True,
+  ):
+    np.testing.assert_equal(ours, theirs)
 
 
 @pytest.mark.parametrize(

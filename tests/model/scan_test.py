@@ -29,6 +29,7 @@ def _config(*, layers='interval', depth=4, remat='none', top_k=2, **llm):
           top_k=top_k,
           second_choice='sampled',
           random_token_selection=True,
+          dispatch='einsum',  # The definition; its rounding sets the limits.
       ),
       depth=depth,
       residual_dropout=0.3,
@@ -80,9 +81,10 @@ def _assert_close(ours, theirs):
       continue
     size = max(float(jnp.linalg.norm(want)), 1e-3)
     error = float(jnp.linalg.norm(ours[path] - want)) / size
-    # What reaches the tower is small, and much of it cancels in its softmax.
-    limit = 3e-6 if path.startswith('vision/') else 1e-6
-    assert error < limit, f'{path}: {error}'
+    # What reaches the tower's softmax is small, and much of it cancels.
+    scores = path.startswith('vision/') and '/attn/q_' in path
+    scores |= path.startswith('vision/') and '/attn/k_' in path
+    assert error < (3e-6 if scores else 1e-6), f'{path}: {error}'
 
 
 def _assert_same_routing(ours, theirs):
