@@ -148,10 +148,10 @@ make_venv() {
   touch "$VENV/.incomplete"
 }
 
-# ensure_venv EXTRA: one of setup.py's, or ''; $EXTRAS ('cuda13,wandb')
-# adds to it.
+# ensure_venv EXTRA: one of setup.py's, or ''; $EXTRAS ('cuda13,tensorboard')
+# adds to it. One launcher at a time: others wait until .venv is complete.
 ensure_venv() {
-  local extras=$1 started=$SECONDS minor lock wanted stamp
+  local extras=$1
   extras=${extras}${extras:+${EXTRAS:+,}}${EXTRAS:-}
   if [[ -n $GIVEN_PYTHON ]]; then
     return
@@ -160,6 +160,20 @@ ensure_venv() {
     say "Would install ${ROOT}${extras:+[$extras]} into $VENV, if it is not there"
     return
   fi
+  if command -v flock >/dev/null && [[ -w $ROOT ]]; then  # macOS has none.
+    exec 9>"$VENV.lock"
+    if ! flock -n 9; then
+      say "Another launcher is installing into $VENV: waiting for it"
+      flock 9
+    fi
+  fi
+  install_venv "$extras"
+  exec 9>&-
+}
+
+# install_venv EXTRAS: what ensure_venv does, alone.
+install_venv() {
+  local extras=$1 started=$SECONDS minor lock wanted stamp
   make_venv
   minor=$(minor_of "$VENV_PYTHON")
   lock=$(lock_of "$minor")

@@ -27,6 +27,8 @@ calls xpk. IMAGE is built with Dockerfile.tpu or Dockerfile.gpu.
   --hosts=N         hosts of a slice, or nodes with GPUs (default: 1)
   --chips=N         chips of a host, GPUs of a node (default: 4, with --gpus 8)
   --slices=N        slices (default: 1)
+  --bucket=NAME     mount this bucket of Cloud Storage at /data, read-only: for
+                    --config.data.json=/data/... --config.data.images=/data/...
   --restarts=N      (default: 50)
   --xla-flags=NAME  as in local.sh (default: by accelerator)
   --gpus            nodes with GPUs
@@ -35,11 +37,12 @@ calls xpk. IMAGE is built with Dockerfile.tpu or Dockerfile.gpu.
 
 It is started again on exit codes 75 and 76, when a node is lost and when a peer
 of a lost node aborts, and fails on all others. The run folder has to be seen by
-all hosts: gs://.
+all hosts: gs://. The data are read from files: --bucket needs the Cloud Storage
+FUSE driver in the cluster, and a service account that may read the bucket.
 TEXT
 }
 
-config='' name='' image='' accelerator='' topology='' chips='' xla_flags=''
+config='' name='' image='' bucket='' accelerator='' topology='' chips='' xla_flags=''
 hosts=1
 slices=1
 restarts=50
@@ -59,6 +62,7 @@ while (($#)); do
     --hosts=?*) hosts=${1#*=} ;;
     --chips=?*) chips=${1#*=} ;;
     --slices=?*) slices=${1#*=} ;;
+    --bucket=?*) bucket=${1#*=} ;;
     --restarts=?*) restarts=${1#*=} ;;
     --xla-flags=?*) xla_flags=${1#*=} ;;
     --cluster=?*) cluster=${1#*=} ;;
@@ -133,7 +137,12 @@ flags_of() {
 }
 args=(--config="$config" "$@")
 
+[[ -z $bucket || $bucket =~ ^[a-z0-9][-a-z0-9._]*$ ]] ||
+  die "--bucket=$bucket: expected the name alone, without gs:// and folders"
+
 if $xpk; then
+  [[ -z $bucket ]] ||
+    die '--bucket is for kubectl; xpk has its own way: xpk storage attach'
   [[ -n $cluster && -n $project && -n $zone && -n $type ]] ||
     die '--xpk needs --cluster, --project, --zone and --type'
   ! $gpus || die '--xpk is for TPUs here; without it --gpus uses kubectl'
@@ -173,6 +182,11 @@ for word in "${args[@]}"; do
   list+=${list:+, }$(json "$word")
 done
 yaml=$(grep -v '^#' "$file")
+if [[ -n $bucket ]]; then
+  yaml=${yaml//  # with --bucket/}
+else
+  yaml=$(grep -v '# with --bucket$' <<<"$yaml")
+fi
 fill() { yaml=${yaml//"\${$1}"/"$2"}; }
 fill NAME "$name"
 fill RESTARTS "$restarts"
@@ -182,6 +196,7 @@ fill ACCELERATOR "$(json "$accelerator")"
 fill TOPOLOGY "$(json "$topology")"
 fill IMAGE "$(json "$image")"
 fill CHIPS "$chips"
+fill BUCKET "$(json "$bucket")"
 fill LIBTPU_INIT_ARGS "$(json "${LIBTPU_INIT_ARGS:-}")"
 fill XLA_FLAGS "$(json "${XLA_FLAGS:-}")"
 fill XLA_PYTHON_CLIENT_MEM_FRACTION \

@@ -66,6 +66,7 @@ if [[ -z $run_dir ]]; then
 fi
 [[ $run_dir == /* ]] || run_dir=$PWD/$run_dir  # Before leaving this folder.
 
+choose_cuda
 ensure_venv ''
 cd -- "$ROOT"  # `python -m` finds configs/ here.
 

@@ -21,10 +21,13 @@ when they are taken away and on exit codes 75 and 76.
   --infra=INFRA     where, such as gcp/us-central1 (default: anywhere)
   --on-demand       machines that are not taken away
   --env=NAME=VALUE  for the job, such as EXTRAS=wandb; can be repeated
+  --setup=COMMAND   what every node runs first, in the repository:
+                    'gcloud storage cp -r gs://my-bucket/moe_llava_data .'
   --dry-run         print what would run
 
 The disk of a machine goes with it, so the run folder has to be elsewhere: a
-bucket (gs://, s3://), or a folder that is mounted.
+bucket (gs://), or a folder that is mounted. Data are read from files: SETUP
+fetches or mounts them. What git ignores is not copied.
 TEXT
 }
 
@@ -32,6 +35,7 @@ config=''
 name=moellava
 gpus=H100:8
 nodes=1
+setup=''
 options=(--use-spot)
 while (($#)); do
   case $1 in
@@ -44,6 +48,7 @@ while (($#)); do
     --nodes=?*) nodes=${1#*=} ;;
     --infra=?*) options+=(--infra "${1#*=}") ;;
     --on-demand) options[0]=--no-use-spot ;;
+    --setup=?*) setup=${1#*=} ;;
     --env=?*=*) options+=(--env "${1#*=}") ;;
     --dry-run) DRY_RUN=true ;;
     --)
@@ -70,9 +75,12 @@ natural --nodes "$nodes"
   die "there is no ${config%%:*} in $ROOT, which is what is copied"
 [[ " $* " == *" --config.workdir="?* ]] ||
   die 'needs -- --config.workdir=...: the disk of a machine goes with it'
+[[ " $* " != *" --config.workdir="+([a-z0-9])://* ||
+  " $* " == *" --config.workdir=gs://"* ]] ||
+  die 'of stores the run folder may be in gs:// only'
 
 flags=$(printf '%q ' "$@")
 cd -- "$ROOT"  # `workdir: .`
 run sky jobs launch launch/skypilot.yaml --yes --name "$name" \
   --gpus "$gpus" --num-nodes "$nodes" "${options[@]}" \
-  --env CONFIG="$config" --env FLAGS="${flags% }"
+  --env CONFIG="$config" --env FLAGS="${flags% }" --env SETUP="$setup"

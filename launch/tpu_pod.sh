@@ -33,6 +33,8 @@ Trains on a TPU slice (TPU VMs of Google Cloud), through gcloud.
   --create-flag=F   a further flag of gcloud's create; can be repeated
   --python=3.11     the Python to install (3.11: the one of JAX 0.10, with which
                     the compiler's flags were tried)
+  --setup=COMMAND   what every host runs at the end of `install`, in the copied
+                    tree: 'gcloud storage cp -r gs://my-bucket/moe_llava_data .'
   --xla-flags=NAME  as in local.sh (default: v5e, v5p or v6e, by --type)
   --restarts=N      how often `wait` and `all` start again (default: 10)
   --poll=SECONDS    between two looks (default: 60)
@@ -41,7 +43,8 @@ Trains on a TPU slice (TPU VMs of Google Cloud), through gcloud.
   --dry-run         print what would run
 
 A slice of several hosts needs a run folder that all of them see: gs://. Data are
-read from a disk of each host. Relative paths are in the copied tree.
+read from a disk of each host, which --setup can fill or mount. Relative paths are
+in the copied tree.
 `wait` and `all` exit with 0, or with the code of the host that failed.
 TEXT
 }
@@ -59,6 +62,7 @@ case $command in
     ;;
 esac
 project='' zone='' name='' type='' runtime='' config='' logs='' xla_flags=''
+setup=''
 request=queued
 python=3.11
 restarts=10
@@ -80,6 +84,7 @@ while (($#)); do
     --spot) create_flags+=(--spot) ;;
     --create-flag=?*) create_flags+=("${1#*=}") ;;
     --python=3.*) python=${1#*=} ;;
+    --setup=?*) setup=${1#*=} ;;
     --xla-flags=?*) xla_flags=${1#*=} ;;
     --restarts=?*) restarts=${1#*=} ;;
     --poll=?*) poll=${1#*=} ;;
@@ -182,6 +187,10 @@ install_all() {
   run "${tpus[@]}" tpu-vm ssh "$name" "${where[@]}" --worker=all --command='mkdir -p moellava_jax && tar -xzf moellava_jax.tgz -C moellava_jax'
   rm -rf -- "$tree"
   on_all install --python="$python"
+  if [[ -n $setup ]]; then
+    run "${tpus[@]}" tpu-vm ssh "$name" "${where[@]}" --worker=all \
+      --command="cd moellava_jax && $setup"
+  fi
 }
 
 start_all() {

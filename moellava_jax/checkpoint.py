@@ -137,12 +137,14 @@ def _save(path: epath.Path, tree: Any) -> None:
     checkpointer.save(path, args=ocp.args.StandardSave(tree), force=True)
 
 
-def _restore(path: epath.Path, abstract: Any) -> Any:
-  with (
-      _explained(f'{path} cannot be read', _DAMAGED),
-      _checkpointer(abstract) as checkpointer,
-  ):
+def _read(path: epath.Path, abstract: Any) -> Any:
+  with _checkpointer(abstract) as checkpointer:
     return checkpointer.restore(path, args=ocp.args.StandardRestore(abstract))
+
+
+def _restore(path: epath.Path, abstract: Any) -> Any:
+  with _explained(f'{path} cannot be read', _DAMAGED):
+    return _read(path, abstract)
 
 
 def _is_first() -> bool:
@@ -314,15 +316,13 @@ class Stage:
     Raises:
       CheckpointError: the step cannot be read.
     """
+    # Not by the manager, which would hold nearly a second copy in host memory.
+    folder = self._dir / str(step)
     with _readable(self._dir, step):
-      restored = self._manager.restore(
-          step,
-          args=ocp.args.Composite(
-              trained=ocp.args.StandardRestore(trained),
-              optimizer=ocp.args.StandardRestore(optimizer),
-          ),
+      return tuple(
+          _read(folder / name, tree)
+          for name, tree in (('trained', trained), ('optimizer', optimizer))
       )
-    return restored['trained'], restored['optimizer']
 
   def save_frozen(self, frozen: Any) -> str:
     """Writes what the stage does not train, once; returns its hash."""

@@ -150,6 +150,13 @@ def first_params(
   origin = source(cfg, stage)
   seed = cfg.seed + config.STAGES.index(stage)
   if origin is None:
+    if stage != 'warmup':
+      cluster.say(
+          f'{stage}: WARNING: everything starts at random, also the language'
+          ' model and the tower. To start from trained ones give'
+          ' --config.init.lm=DIR and --config.init.tower=DIR, or'
+          ' --config.init.checkpoint=DIR (or hf:org/name).'
+      )
     return fresh(model, seed, mesh, probe_sizes)
   target = shardings(model, mesh)
   theirs = hf.is_theirs(origin)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run says: `metrics.jsonl`, a progress display, TensorBoard."""
+"""What a run says: `metrics.jsonl`, a display, TensorBoard, W&B."""
 
 import importlib.util
 import json
@@ -94,13 +94,16 @@ def _identity(ids_B: np.ndarray) -> str:
 class Writer:
   """Appends records to `metrics.jsonl`, and to TensorBoard if installed.
 
+  And to Weights & Biases, if that is installed and WANDB_PROJECT names a
+  project; WANDB_MODE=offline keeps them in RUN/wandb.
+
   What comes after `step` of `stage` in an earlier history is forgotten, as it
   will be done again; other stages keep theirs. Only process 0 writes. In gs://
   the file has the records up to the last `publish`.
   """
 
   def __init__(self, workdir: str, stage: str, step: int):
-    self._lines = self._board = None
+    self._lines = self._board = self._wandb = None
     if not cluster.is_first():
       return
     path = os.path.join(workdir, 'metrics.jsonl')
@@ -111,6 +114,7 @@ class Writer:
       self._board = tensorboardX.SummaryWriter(
           os.path.join(workdir, 'tensorboard', stage), purge_step=step + 1
       )
+    self._wandb = _wandb(workdir, stage)
 
   def write(self, record: dict[str, Any]) -> None:
     if self._lines is not None:
@@ -118,6 +122,8 @@ class Writer:
     if self._board is not None:
       for name, value in _scalars(record):
         self._board.add_scalar(name, value, record['step'])
+    if self._wandb is not None:
+      self._wandb.log(dict(_scalars(record)), step=record['step'])
 
   def publish(self) -> None:
     """Returns when the history is safe: the last thing before a checkpoint."""
@@ -129,6 +135,32 @@ class Writer:
       self._lines.close()
     if self._board is not None:
       self._board.close()
+    if self._wandb is not None:
+      self._wandb.finish()
+
+
+def _wandb(workdir: str, stage: str) -> Any:
+  """The stage as a run of Weights & Biases, or None; goes on with its own."""
+  project = os.environ.get('WANDB_PROJECT')
+  if not project or importlib.util.find_spec('wandb') is None:
+    return None
+  import wandb
+
+  path = os.path.abspath(workdir) if '://' not in workdir else workdir
+  settings = epath.Path(workdir) / 'config.json'
+  try:
+    return wandb.init(
+        project=project,
+        id=f'{zlib.crc32(path.encode()):08x}-{stage}',
+        name=f'{os.path.basename(path.rstrip("/"))}/{stage}',
+        group=os.path.basename(path.rstrip('/')),
+        config=json.loads(settings.read_text()) if settings.exists() else None,
+        dir=None if '://' in workdir else path,
+        resume='allow',
+    )
+  except Exception as error:  # No key, no network: no reason not to train.
+    cluster.say(f'{stage}: not logged to Weights & Biases: {error}')
+    return None
 
 
 def _history(path: str, stage: str, step: int) -> str:

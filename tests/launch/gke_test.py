@@ -68,6 +68,31 @@ def test_failure_policy(tmp_path, args):
 
 
 @pytest.mark.parametrize('args', [TPU, GPU])
+def test_a_bucket_is_mounted_only_where_one_is_named(tmp_path, args):
+  jobset = _rendered(tmp_path, *args, '--bucket=my-data')
+  template = _job(jobset)['template']
+  # Without the annotation GKE puts no driver beside the container.
+  assert template['metadata'] == {
+      'annotations': {'gke-gcsfuse/volumes': 'true'}
+  }
+  (volume,) = [v for v in template['spec']['volumes'] if v['name'] == 'data']
+  assert volume['csi'] == {
+      'driver': 'gcsfuse.csi.storage.gke.io',
+      'readOnly': True,
+      'volumeAttributes': {
+          'bucketName': 'my-data',
+          'mountOptions': 'implicit-dirs',
+      },
+  }
+  mount = {'name': 'data', 'mountPath': '/data', 'readOnly': True}
+  assert mount in _container(jobset)['volumeMounts']
+  without = _job(_rendered(tmp_path, *args))['template']
+  assert 'metadata' not in without
+  assert 'data' not in [v['name'] for v in without['spec'].get('volumes', [])]
+  assert mount not in without['spec']['containers'][0].get('volumeMounts', [])
+
+
+@pytest.mark.parametrize('args', [TPU, GPU])
 def test_it_starts_training_with_the_flags(tmp_path, args):
   container = _container(_rendered(tmp_path, *args))
   assert container['image'] == 'registry/m:tag'
@@ -174,6 +199,8 @@ def test_apply(tmp_path):
         ((CONFIG,), 'needs --name and --image'),
         ((CONFIG, '--name=Phi_2', '--image=i'), 'expected small letters'),
         (COMMON, 'needs --accelerator'),
+        ((*TPU, '--bucket=gs://b'), 'without gs:// and folders'),
+        ((*COMMON, '--xpk', '--bucket=b'), 'xpk storage attach'),
         ((*COMMON, '--accelerator=a'), 'needs --topology'),
         ((*TPU, '--hosts=x'), '--hosts=x is not a whole number'),
         (('configs/nope.py', '--name=a', '--image=i'), 'no configs/nope.py'),

@@ -64,7 +64,10 @@ def test_setup_installs_python(tmp_path):
   log = tmp_path / 'log'
   shell.executable(tmp_path / 'uv', f'#!/usr/bin/env bash\necho "$@" >>{log}\n')
   setup = shell.executable(tmp_path / 'setup', TASK['setup'])
+  data = tmp_path / 'data'
+  env['SETUP'] = f'echo "its data" >{data}'
   assert shell.run(setup, env=env).returncode == 0
+  assert data.read_text() == 'its data\n'
   assert log.read_text() == f'python install {TASK["envs"]["PYTHON_MINOR"]}\n'
   assert (
       shell.ROOT / f'requirements-{TASK["envs"]["PYTHON_MINOR"]}.lock'
@@ -74,6 +77,7 @@ def test_setup_installs_python(tmp_path):
 def test_dry_run_prints_what_would_run(tmp_path):
   env = shell.environment(tmp_path)
   args = ('--on-demand', '--infra=gcp/us-central1', '--gpus=A100-80GB:4')
+  args += ('--setup=mount "a b"',)
   done = shell.run(
       'skypilot.sh',
       CONFIG,
@@ -89,6 +93,7 @@ def test_dry_run_prints_what_would_run(tmp_path):
   assert '--no-use-spot' in words and '--use-spot' not in words
   assert words[words.index('--infra') + 1] == 'gcp/us-central1'
   assert words[words.index('--gpus') + 1] == 'A100-80GB:4'
+  assert 'SETUP=mount "a b"' in words
 
 
 @pytest.mark.parametrize(
@@ -96,11 +101,12 @@ def test_dry_run_prints_what_would_run(tmp_path):
     [
         ((), 'which CONFIG?'),
         ((CONFIG,), 'needs -- --config.workdir='),
+        ((CONFIG, '--', '--config.workdir=s3://b/run'), 'may be in gs:// only'),
         ((CONFIG, '--nodes=x'), '--nodes=x is not a whole number'),
         (('configs/nope.py',), 'no configs/nope.py'),
     ],
 )
 def test_bad_arguments(tmp_path, args, message):
   env = shell.environment(tmp_path)
-  done = shell.run('skypilot.sh', *args, '--dry-run', env=env)
+  done = shell.run('skypilot.sh', '--dry-run', *args, env=env)
   assert done.returncode and message in done.stderr

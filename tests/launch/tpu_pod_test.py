@@ -121,12 +121,16 @@ def test_all(tmp_path, codes, expected, attempts):
       *SLICE,
       '--type=v6e-8',
       f'--logs={tmp_path}/logs',
+      '--setup=pwd >data; echo "its data" >>data',
       CONFIG,
       '--',
       '--config.workdir=gs://b/run',
       env=env,
   )
   assert done.returncode == expected, done.stdout + done.stderr
+  for host in range(HOSTS):
+    tree = tmp_path / f'host-{host}' / 'moellava_jax'
+    assert (tree / 'data').read_text() == f'{tree}\nits data\n'
   assert _attempts(tmp_path) == [attempts] * HOSTS
   for host in range(HOSTS):
     log = (tmp_path / 'logs' / f'worker_{host}.log').read_text()

@@ -14,6 +14,7 @@ from safetensors import numpy as safetensors_numpy
 from moellava_jax import checkpoint, config, trees
 from moellava_jax.data import tokenizer
 from moellava_jax.interop import files
+from moellava_jax.model import llava
 from moellava_jax.train import doors, init, loop, placement, program
 from tests import tiny
 
@@ -316,6 +317,19 @@ def test_a_config_that_contradicts_the_weights(tmp_path, overrides, message):
   )
   with pytest.raises(config.UserError, match=message):
     loop.run(cfg)
+
+
+def test_a_start_from_nothing_is_announced(tmp_path, capsys):
+  cfg = tiny.train_config(tmp_path, stages=('pretrain',), warmup=None)
+  dense = dataclasses.replace(cfg.model, moe=None)
+  mesh = placement.mesh_for(cfg, 'pretrain')
+  init.first_params(cfg, 'pretrain', llava.Llava(dense), mesh, None)
+  printed = capsys.readouterr().out
+  assert printed.startswith('pretrain: WARNING: everything starts at random')
+  assert '--config.init.lm=DIR' in printed
+  cfg = tiny.train_config(tmp_path)  # Whose warm-up is to start so.
+  init.first_params(cfg, 'warmup', llava.Llava(dense), mesh, None)
+  assert not capsys.readouterr().out
 
 
 def test_doors_that_do_not_go_together(tmp_path):
