@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """MoE-LLaVA-7B x 4: OpenChat 3.5 (Mistral 7B) and CLIP at 336 pixels.
 
-  python -m moellava_jax.train.main --config=configs/openchat_7b.py \
-      --config.init.lm=hf:openchat/openchat-3.5-1210 \
-      --config.init.tower=hf:openai/clip-vit-large-patch14-336
-  python -m moellava_jax.train.main --config=configs/openchat_7b.py:pretrain
-  python -m moellava_jax.train.main --config=configs/openchat_7b.py:finetune
-  python -m moellava_jax.train.main --config=configs/openchat_7b.py:moe
+  init="--config.init.lm=hf:openchat/openchat-3.5-1210 \
+      --config.init.tower=hf:openai/clip-vit-large-patch14-336"
+  python -m moellava_jax.train.main --config=configs/openchat_7b.py $init
+  python -m moellava_jax.train.main --config=configs/openchat_7b.py:pretrain $init
+  python -m moellava_jax.train.main --config=configs/openchat_7b.py:finetune $init
+  python -m moellava_jax.train.main --config=configs/openchat_7b.py:moe $init
 
-The first runs all stages, the others one each, with the same --config.init.*.
+The first runs all stages, the others one each.
 The data are expected in moe_llava_data/ (a link will do), laid out as
 published. Your own replace those of every stage, or of one:
 

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """MoE-LLaVA-2.7B x 4: Phi-2 and CLIP at 336 pixels.
 
-  python -m moellava_jax.train.main --config=configs/phi2.py \
-      --config.init.lm=hf:microsoft/phi-2 \
-      --config.init.tower=hf:openai/clip-vit-large-patch14-336
-  python -m moellava_jax.train.main --config=configs/phi2.py:pretrain
-  python -m moellava_jax.train.main --config=configs/phi2.py:finetune
-  python -m moellava_jax.train.main --config=configs/phi2.py:moe
+  init="--config.init.lm=hf:microsoft/phi-2 \
+      --config.init.tower=hf:openai/clip-vit-large-patch14-336"
+  python -m moellava_jax.train.main --config=configs/phi2.py $init
+  python -m moellava_jax.train.main --config=configs/phi2.py:pretrain $init
+  python -m moellava_jax.train.main --config=configs/phi2.py:finetune $init
+  python -m moellava_jax.train.main --config=configs/phi2.py:moe $init
 
-The first runs all stages, the others one each, with the same --config.init.*.
+The first runs all stages, the others one each.
 The data are expected in moe_llava_data/ (a link will do), laid out as
 published. Your own replace those of every stage, or of one:
 
@@ -21,7 +21,7 @@ Phi-2 trains with a residual dropout of 0.1 in all stages, as the original does
 Ablations of the paper (tables 5 and 6), each an override of stage III:
 
   --config.model.moe.layers=first_half     or second_half, all, interval, 0,2,5
-  --config.model.moe.num_experts=2         1, 2, 4, 8
+  --config.model.moe.num_experts=2         2, 4, 8; 1 with top_k=1
   --config.model.moe.top_k=1
   --config.model.moe.capacity_factor=1.0
   --config.model.moe.aux_loss_weight=0.0

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """MoE-LLaVA-1.6B x 4: StableLM 2 and CLIP at 336 pixels.
 
-  python -m moellava_jax.train.main --config=configs/stablelm_1_6b.py \
-      --config.init.lm=hf:stabilityai/stablelm-2-1_6b \
-      --config.init.tower=hf:openai/clip-vit-large-patch14-336
-  python -m moellava_jax.train.main --config=configs/stablelm_1_6b.py:pretrain
-  python -m moellava_jax.train.main --config=configs/stablelm_1_6b.py:finetune
-  python -m moellava_jax.train.main --config=configs/stablelm_1_6b.py:moe
+  init="--config.init.lm=hf:stabilityai/stablelm-2-1_6b \
+      --config.init.tower=hf:openai/clip-vit-large-patch14-336"
+  python -m moellava_jax.train.main --config=configs/stablelm_1_6b.py $init
+  python -m moellava_jax.train.main --config=configs/stablelm_1_6b.py:pretrain $init
+  python -m moellava_jax.train.main --config=configs/stablelm_1_6b.py:finetune $init
+  python -m moellava_jax.train.main --config=configs/stablelm_1_6b.py:moe $init
 
-The first runs all stages, the others one each, with the same --config.init.*.
+The first runs all stages, the others one each.
 The data are expected in moe_llava_data/ (a link will do), laid out as
 published. Your own replace those of every stage, or of one:
 

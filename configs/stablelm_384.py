@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """MoE-LLaVA-1.6B x 4 at 384 pixels: StableLM 2 and SigLIP.
 
-  python -m moellava_jax.train.main --config=configs/stablelm_384.py \
-      --config.init.lm=hf:stabilityai/stablelm-2-1_6b \
-      --config.init.tower=hf:google/siglip-so400m-patch14-384
-  python -m moellava_jax.train.main --config=configs/stablelm_384.py:pretrain
-  python -m moellava_jax.train.main --config=configs/stablelm_384.py:finetune
-  python -m moellava_jax.train.main --config=configs/stablelm_384.py:moe
+  init="--config.init.lm=hf:stabilityai/stablelm-2-1_6b \
+      --config.init.tower=hf:google/siglip-so400m-patch14-384"
+  python -m moellava_jax.train.main --config=configs/stablelm_384.py $init
+  python -m moellava_jax.train.main --config=configs/stablelm_384.py:pretrain $init
+  python -m moellava_jax.train.main --config=configs/stablelm_384.py:finetune $init
+  python -m moellava_jax.train.main --config=configs/stablelm_384.py:moe $init
 
-The first runs all stages, the others one each, with the same --config.init.*.
+The first runs all stages, the others one each.
 The data are expected in moe_llava_data/ (a link will do), laid out as
 published. Your own replace those of every stage, or of one:
 

@@ -64,8 +64,7 @@ def text(grid: grids.Grid, table: ablation_table.Table, source: Source) -> str:
     said += f' of {above + equal + below} benchmarks'
     said += f', equal on {equal}' if equal else ''
     claims.append(
-        f'- Paper: {said}. Here:'
-        f' {_here(grid, table, source, better, worse)}.\n'
+        f'- Paper: {said}. Here:' f' {_here(grid, source, better, worse)}.\n'
     )
   return ''.join([*lines, '\n', *claims])
 
@@ -94,7 +93,7 @@ def _table7(
   claims = [f'- Paper: MoE above dense, {", ".join(counts)} benchmarks.\n']
   claims += [
       f'- Here, {labels[sparse]} against {labels[dense]}:'
-      f' {_here(grid, table, source, sparse, dense)}.\n'
+      f' {_here(grid, source, sparse, dense)}.\n'
       for sparse, dense in grid.against.items()
   ]
   return ''.join([*lines, '\n', *claims])
@@ -102,7 +101,6 @@ def _table7(
 
 def _here(
     grid: grids.Grid,
-    table: ablation_table.Table,
     source: Source,
     better: str,
     worse: str,

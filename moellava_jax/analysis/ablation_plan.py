@@ -154,7 +154,7 @@ def _cell(
   cfg = config.from_dict(raw)
   run = None
   for stages in _parts(base.stages, row, path):
-    run = _run(row, path, seed, stages, changes, cfg, run)
+    run = _run(path, seed, stages, changes, cfg, run)
   assert run is not None
   return Cell(row, seed, path, run, cfg.mesh.cpu_devices)
 
@@ -207,7 +207,7 @@ def _all_data(raw: Any, stage: str) -> dict[str, Any]:
   return changes
 
 
-def _run(row, path, seed, stages, changes, cfg, before) -> Run:
+def _run(path, seed, stages, changes, cfg, before) -> Run:
   decisive = {
       name: value
       for name, value in config.settings(cfg, stages[-1]).items()

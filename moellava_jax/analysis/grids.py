@@ -24,8 +24,6 @@ from typing import Any
 
 from moellava_jax import config
 
-Overrides = Mapping[str, Any]  # Dotted path of the config -> value.
-
 
 @dataclasses.dataclass(frozen=True)
 class Row:

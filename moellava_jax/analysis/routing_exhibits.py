@@ -42,7 +42,7 @@ def of_counts(
 
 def _load(counts: counts_lib.Counts) -> exhibits.Exhibit:
   rows = []
-  for name, modality in _modalities(counts):
+  for name, modality in _modalities():
     first_LE, assigned_LE, kept_LE = (
         x_LME.sum(1) if modality is None else x_LME[:, modality]
         for x_LME in (counts.first_LME, counts.assigned_LME, counts.kept_LME)
@@ -169,7 +169,7 @@ def _pathways(counts: counts_lib.Counts) -> exhibits.Exhibit:
 
 def _drop_rate(counts: counts_lib.Counts) -> exhibits.Exhibit:
   rows = []
-  for name, modality in _modalities(counts):
+  for name, modality in _modalities():
     assigned_L, kept_L = (
         (x_LME.sum(1) if modality is None else x_LME[:, modality]).sum(-1)
         for x_LME in (counts.assigned_LME, counts.kept_LME)
@@ -206,7 +206,7 @@ def _drop_rate(counts: counts_lib.Counts) -> exhibits.Exhibit:
 def _entropy(counts: counts_lib.Counts) -> exhibits.Exhibit:
   most = math.log(counts.num_experts)
   rows = []
-  for name, modality in _modalities(counts):
+  for name, modality in _modalities():
     number = counts.tokens_M.sum() if modality is None else None
     number = counts.tokens_M[modality] if number is None else number
     entropy_L = counts_lib.entropy_L(counts, modality)
@@ -230,7 +230,7 @@ def _entropy(counts: counts_lib.Counts) -> exhibits.Exhibit:
 
 def _coactivation(counts: counts_lib.Counts) -> exhibits.Exhibit:
   rows = []
-  for name, modality in _modalities(counts):
+  for name, modality in _modalities():
     pairs_LEE = (
         counts.pairs_LMEE.sum(1)
         if modality is None
@@ -258,9 +258,7 @@ def _coactivation(counts: counts_lib.Counts) -> exhibits.Exhibit:
   )
 
 
-def _modalities(
-    counts: counts_lib.Counts,
-) -> list[tuple[str, int | None]]:
+def _modalities() -> list[tuple[str, int | None]]:
   """Names of the rows of a table, also of a modality without tokens."""
   return [
       (exhibits.ALL, None),

@@ -58,7 +58,7 @@ def run(options: Options, settings: inspection.Settings) -> dict[str, Any]:
       with open(os.path.join(options.out, 'report.json')) as file:
         return json.load(file)
     census, written = _write_shards(options, settings, plan)
-    manifest = _manifest(plan, written, settings)
+    manifest = _manifest(plan, written)
   if not census.total('kept'):
     raise rows.DataError(
         f'{",".join(options.json)}: no usable row; dropped:'
@@ -70,7 +70,7 @@ def run(options: Options, settings: inspection.Settings) -> dict[str, Any]:
   report = census_report.to_json(census, unit)
   _write_report(options, census, report, unit)
   if manifest is not None:
-    _finish(options.out, manifest, census, settings)
+    _finish(options.out, manifest, census)
   census_report.show(census)
   return report
 
@@ -200,7 +200,7 @@ def _shard(out: str, number: int, found, places, bar) -> dict[str, Any]:
   return json.loads(json.dumps(writer.finish({'census': census.to_json()})))
 
 
-def _manifest(plan, written, settings) -> dict[str, Any]:
+def _manifest(plan, written) -> dict[str, Any]:
   return {
       'format': records.FORMAT,
       'version': records.VERSION,
@@ -214,7 +214,7 @@ def _manifest(plan, written, settings) -> dict[str, Any]:
   }
 
 
-def _finish(out: str, manifest, census, settings) -> None:
+def _finish(out: str, manifest, census) -> None:
   """Lengths first, the manifest last: with it, the directory is complete."""
   key = manifest['plan']['lengths']
   if key is not None:

@@ -49,6 +49,13 @@ def local(name: str) -> str:
         f'{name} cannot be fetched: {error}. Log in with `hf auth login` if it'
         ' is gated, or fetch it yourself and name the directory.'
     ) from error
+  except Exception as error:
+    # No network: the HTTP libraries below share no base class.
+    raise config.UserError(
+        f'{name} cannot be reached: {error}. With HF_HUB_OFFLINE=1 what was'
+        ' fetched before is used; else fetch it elsewhere (`hf download'
+        f' {repository}`) and name the directory.'
+    ) from error
 
 
 def _cached(repository: str) -> str:

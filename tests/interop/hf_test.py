@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -204,6 +207,31 @@ def test_offline_a_repository_that_was_never_fetched():
   for name in ('org/name', './org/name', 'org/name/'):
     with pytest.raises(config.UserError, match='write hf:org/name\\.$'):
       hub.local(name)
+
+
+def test_without_a_network_the_error_says_what_to_do():
+  # A port that nobody listens on; read when huggingface_hub is imported.
+  env = os.environ | {
+      'HF_ENDPOINT': 'http://127.0.0.1:9',
+      'HF_HUB_OFFLINE': '0',
+  }
+  script = """
+from moellava_jax import config
+from moellava_jax.interop import hub
+try:
+  hub.local('hf:org/name')
+except config.UserError as error:
+  print('refused:', error)
+"""
+  done = subprocess.run(
+      [sys.executable, '-c', script],
+      env=env,
+      capture_output=True,
+      text=True,
+      check=False,
+  )
+  assert 'refused: hf:org/name cannot be reached' in done.stdout, done.stderr
+  assert 'hf download org/name' in done.stdout
 
 
 def test_a_path_is_no_repository(tmp_path):
