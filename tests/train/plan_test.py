@@ -234,8 +234,8 @@ def test_a_program_is_traced_for_the_devices_of_its_mesh():
     assert llava.compute_dtype('auto') == jnp.bfloat16
 
 
-def _run(*arguments):
-  env = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
+def _run(*arguments, **more):
+  env = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'} | more
   return subprocess.run(
       [sys.executable, '-m', 'moellava_jax.train.plan', *arguments],
       env=env,
@@ -243,6 +243,29 @@ def _run(*arguments):
       text=True,
       check=False,
   )
+
+
+@pytest.mark.slow
+def test_a_plan_orders_the_step_for_memory(tmp_path):
+  """As accelerators do; XLA for the CPU by itself orders it for its cores."""
+
+  def temporary(**more):
+    path = tmp_path / 'plan.json'
+    done = _run(
+        '--config=configs/shapes.py:moe',
+        '--config.model.llm.depth=2',
+        '--config.moe.row_length=256',
+        '--config.moe.batch_size=8',
+        f'--json={path}',
+        **more,
+    )
+    assert done.returncode == 0, done.stderr
+    (plan,) = json.loads(path.read_text())
+    return plan['xla']['temporary']
+
+  # What the user sets wins.
+  for_cores = '--xla_cpu_enable_concurrency_optimized_scheduler=true'
+  assert 1.5 * temporary() < temporary(XLA_FLAGS=for_cores)
 
 
 @pytest.mark.parametrize(
