@@ -186,6 +186,8 @@ def _evaluate_model(
         f'--routing_trace: {path} is a dense model, which routes nothing. Give'
         ' a checkpoint of stage moe.'
     )
+  for key, group in questions.items():
+    ask.check_prompts(chat, group, settings.max_new_tokens, key)
   for control in options.control:
     words = [name, control, options.protocol]
     prefix = '.'.join(w for w in words if w not in ('none', 'llava'))

@@ -48,25 +48,33 @@ class Chat(NamedTuple):
       UserError: as many `<image>` marks as images are required, and an image
         must be readable.
     """
+    tokens_L = self._tokens(request)
+    pixels = [self._pixels(image) for image in request.images]
+    size = self.model.cfg.vision.image_size
+    return generate_lib.Prompt(
+        tokens_L, np.array(pixels, np.uint8).reshape(-1, size, size, 3)
+    )
+
+  def positions(self, request: Request) -> int:
+    """The length of the prompt; its images are not read.
+
+    Raises:
+      UserError: as many `<image>` marks as images are required.
+    """
+    return len(self._tokens(request))
+
+  def _tokens(self, request: Request) -> np.ndarray:
     segments = templates.render(self.template, request.turns)
     ids_L, _ = tokenizer_lib.tokenize(segments, self.tokenizer)
-    return self._expand(ids_L, request.images)
-
-  def _expand(self, ids_L, shown) -> generate_lib.Prompt:
     marks = int(np.sum(ids_L == config.IMAGE_TOKEN))
-    if marks != len(shown):
+    if marks != len(request.images):
       raise config.UserError(
-          f'The conversation has {marks} <image> marks, but {len(shown)}'
-          ' images were given; write one mark for each image.'
+          f'The conversation has {marks} <image> marks, but'
+          f' {len(request.images)} images were given; write one mark for each'
+          ' image.'
       )
-    vision = self.model.cfg.vision
-    count_L = np.where(ids_L == config.IMAGE_TOKEN, vision.num_tokens, 1)
-    pixels = [self._pixels(image) for image in shown]
-    size = vision.image_size
-    return generate_lib.Prompt(
-        np.repeat(ids_L, count_L),
-        np.array(pixels, np.uint8).reshape(-1, size, size, 3),
-    )
+    patches = self.model.cfg.vision.num_tokens
+    return np.repeat(ids_L, np.where(ids_L == config.IMAGE_TOKEN, patches, 1))
 
   def _pixels(self, image: requests_lib.Picture) -> np.ndarray:
     if isinstance(image, (str, os.PathLike)):
