@@ -21,6 +21,7 @@ class Settings(NamedTuple):
   temperature: float  # 0: greedy, as in every published number.
   batch_size: int
   routing_trace: bool  # Whether to record where tokens go, see `traces`.
+  image_aspect: str | None = None  # None: the one of training.
 
 
 def check_images(
@@ -287,7 +288,10 @@ def _generate(
   from moellava_jax.infer import sampling
 
   # No limit: see `check_prompts`.
-  chat = chat._replace(max_positions=None)
+  chat = chat._replace(
+      max_positions=None,
+      image_aspect=settings.image_aspect or chat.image_aspect,
+  )
   requests = [
       _request(row.prompt, shown)
       for row, shown in zip(rows, images, strict=True)
@@ -335,6 +339,8 @@ def _unanswered(
       'max_new_tokens': settings.max_new_tokens,
       'temperature': settings.temperature,
   }
+  if settings.image_aspect is not None:
+    metadata['image_aspect'] = settings.image_aspect
   key = json.dumps([question.question_id, question.text, metadata])
   return base.Answer(
       question_id=question.question_id,
@@ -398,9 +404,10 @@ def _check_same(
         f'{where}: question {found.question_id!r} is not one of this question'
         f' file. {advice}'
     )
-  for key, value in expected.metadata.items():
-    if found.metadata.get(key) != value:
+  for key in {**expected.metadata, **found.metadata}:
+    there, here = found.metadata.get(key), expected.metadata.get(key)
+    if there != here:
       raise base.EvalError(
-          f'{where}: answered with {key} {found.metadata.get(key)!r}, but this'
-          f' run has {value!r}. {advice}'
+          f'{where}: answered with {key} {there!r}, but this run has {here!r}.'
+          f' {advice}'
       )

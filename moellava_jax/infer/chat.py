@@ -34,6 +34,7 @@ class Chat(NamedTuple):
   tokenizer: tokenizer_lib.Tokenizer
   template: templates.Template
   max_positions: int | None  # Of prompt and answer; None: no limit is known.
+  image_aspect: str  # How images become squares, see `images.preprocess`.
 
   @property
   def stop(self) -> tuple[str, ...]:
@@ -83,8 +84,7 @@ class Chat(NamedTuple):
     return images.preprocess(
         image.convert('RGB'),
         vision.image_size,
-        _asked(self.config, self.stage).image_aspect
-        or self.config.data.image_aspect,
+        self.image_aspect,
         vision.resize,
         vision.mean,
     )
@@ -330,7 +330,7 @@ def load(
   found = checkpoint.load(
       path, places(model, mesh), default=sharding.replicated(mesh)
   )
-  template = templates.get(_asked(cfg, stage).template)
+  asked = _asked(cfg, stage)
   return Chat(
       os.path.basename(os.path.normpath(path)),
       checkpoint.fingerprint(found.params),
@@ -340,8 +340,9 @@ def load(
       cfg,
       stage,
       tokenizer_lib.load(found.tokenizer_dir),
-      template,
+      templates.get(asked.template),
       backbones.POSITIONS.get(cfg.model.llm.name),
+      asked.image_aspect or cfg.data.image_aspect,
   )
 
 

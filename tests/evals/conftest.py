@@ -36,12 +36,14 @@ class FakeChat:
     self.params = {'llm': {'norm': np.zeros(5)}}
     self.model = types.SimpleNamespace(cfg=types.SimpleNamespace(moe=None))
     self.max_positions = None
+    self.image_aspect = 'pad'
     self.unreadable = ()
     self.reply = lambda request: 'Yes'
     self.dies_at = None
     self.calls = []
     self.seen = []
     self.seeds = []
+    self.aspects = []
 
   def _replace(self, **changes):
     changed = copy.copy(self)
@@ -69,6 +71,7 @@ class FakeChat:
       self.encode(request)
       most = self.positions(request) + max_new_tokens
       assert self.max_positions is None or most <= self.max_positions
+    self.aspects.extend(self.image_aspect for _ in requests)
     first = options[0]
     self.calls.append(
         (len(requests), max_new_tokens, first.temperature, first.seed)

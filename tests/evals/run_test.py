@@ -45,6 +45,7 @@ def options(tmp_path):
       batch_size=2,
       max_new_tokens=None,
       temperature=0.0,
+      image_aspect=None,
       cpu_devices=1,
       shard=None,
       routing_trace=False,
@@ -265,6 +266,38 @@ def test_questions_beyond_the_positions_are_asked_with_a_warning(
       'with 128 new tokens 2 of 5 questions take more than the 142' in warning
   )
   assert '1 of them by the question alone (the longest: 219)' in warning
+
+
+def test_an_image_aspect_is_recorded_and_not_mixed(
+    chats, options, questions, images, write_jsonl, tmp_path
+):
+  path = _pope(write_jsonl, questions)
+  asked = options(questions=path, images=images)
+  square = dataclasses.replace(asked, image_aspect='square')
+  run.evaluate(asked)
+  assert 'image_aspect' not in _scores(tmp_path)['moe']['none']['pope']
+  with pytest.raises(
+      base.EvalError, match="image_aspect None, but this run has 'square'"
+  ):
+    run.evaluate(square)
+  chat = chats(asked.model[0])
+  assert chat.aspects == 5 * ['pad']  # As in training.
+
+  answers = tmp_path / 'out' / 'moe.pope.jsonl'
+  answers.unlink()
+  run.evaluate(square)
+  assert chat.aspects[5:] == 5 * ['square']
+  assert _scores(tmp_path)['moe']['none']['pope']['image_aspect'] == 'square'
+  with pytest.raises(
+      base.EvalError, match="image_aspect 'square', but this run has None"
+  ):
+    run.evaluate(asked)
+  (tmp_path / 'out' / 'scores.json').unlink()
+  scored = options(questions=path, model=[], answers=[str(answers)])
+  run.evaluate(scored)
+  assert _scores(tmp_path)['moe']['none']['pope']['image_aspect'] == 'square'
+  with pytest.raises(base.EvalError, match='--image_aspect: goes with --model'):
+    run.evaluate(dataclasses.replace(scored, image_aspect='pad'))
 
 
 def test_a_test_set_is_answered_for_its_server(
