@@ -7,8 +7,10 @@ import itertools
 import json
 import os
 import pathlib
+import sys
 from typing import Any, NamedTuple
 
+from moellava_jax import config
 from moellava_jax.evals import base, controls, parts, progress, traces
 
 
@@ -19,6 +21,7 @@ class Settings(NamedTuple):
   temperature: float  # 0: greedy, as in every published number.
   batch_size: int
   routing_trace: bool  # Whether to record where tokens go, see `traces`.
+  image_aspect: str | None = None  # None: the one of training.
 
 
 def check_images(
@@ -37,6 +40,53 @@ def check_images(
     raise base.EvalError(
         f'{root}: of {len(names)} images, missing: {base.listed(missing)}.'
     )
+
+
+def check_prompts(
+    chat: Any,
+    questions: Sequence[base.Question],
+    max_new_tokens: int,
+    name: str,
+) -> None:
+  """Finds what cannot be asked, before hours of answers.
+
+  Warns of questions beyond the positions that the model was made for. They are
+  asked all the same: rotary positions go on, and the original has no limit.
+
+  Args:
+    chat: a `moellava_jax.infer.chat.Chat`.
+    questions: all questions of a file.
+    max_new_tokens: of an answer.
+    name: of the file, for messages.
+
+  Raises:
+    EvalError: a prompt has not as many image marks as the question has images.
+  """
+  lengths, wrong = [], {}
+  for question in questions:
+    try:
+      lengths.append(chat.positions(_request(question.text, question.images)))
+    except config.UserError as e:
+      wrong.setdefault(question.question_id, e)
+  if wrong:
+    first = next(iter(wrong.values()))
+    raise base.EvalError(
+        f'{name}: questions that cannot be asked: {base.listed(list(wrong))}.'
+        f' The first: {first}'
+    ) from first
+  limit = chat.max_positions
+  if limit is None or max(lengths, default=0) + max_new_tokens <= limit:
+    return
+  beyond = sum(n + max_new_tokens > limit for n in lengths)
+  print(
+      f'{name}: with {max_new_tokens} new tokens {beyond} of'
+      f' {len(lengths)} questions take more than the {limit} positions that'
+      f' {chat.name} was made for, {sum(n > limit for n in lengths)} of them'
+      f' by the question alone (the longest: {max(lengths)}). They are asked all'
+      ' the same; the original has no limit either.',
+      file=sys.stderr,
+      flush=True,
+  )
 
 
 def run(
@@ -94,8 +144,8 @@ def ask(
     The answers that are to be in the file, in order, without their texts.
 
   Raises:
-    EvalError: an image is missing, or the file holds answers of another model,
-      question file, control or other settings.
+    EvalError: an image is missing, a question cannot be asked, or the file
+      holds answers of another model, question file, control or other settings.
   """
   check_images(questions, images_root)
   shown = _shown(questions, control)
@@ -214,6 +264,15 @@ def _marked(prompt: str, count: int) -> str:
   return base.IMAGE_MARK * count + prompt
 
 
+def _request(prompt: str, images: Sequence[Any]) -> Any:
+  """`infer.chat.Request` of a question."""
+  # Imported here because scoring alone needs neither a model nor JAX.
+  from moellava_jax.infer import chat as chat_lib
+
+  turn = ('human', _marked(prompt, len(images)))
+  return chat_lib.Request(turns=(turn,), images=tuple(images))
+
+
 def _generate(
     chat: Any,
     rows: Sequence[base.Answer],
@@ -221,29 +280,42 @@ def _generate(
     settings: Settings,
     seeds: Sequence[int],
 ) -> list[Any]:
-  """`infer.chat.Answer` of each question."""
-  # Imported here because scoring alone needs neither a model nor JAX.
-  from moellava_jax.infer import chat as chat_lib
+  """`infer.chat.Answer` of each question.
+
+  Raises:
+    EvalError: a question cannot be asked; it is named.
+  """
   from moellava_jax.infer import sampling
 
+  # No limit: see `check_prompts`.
+  chat = chat._replace(
+      max_positions=None,
+      image_aspect=settings.image_aspect or chat.image_aspect,
+  )
   requests = [
-      chat_lib.Request(
-          turns=(('human', _marked(row.prompt, len(shown))),),
-          images=shown,
-      )
+      _request(row.prompt, shown)
       for row, shown in zip(rows, images, strict=True)
   ]
-  return chat.answer(
-      requests,
-      # Of its own for each, so that a sampled answer is the same in any batch.
-      [
-          sampling.Options(temperature=settings.temperature, seed=seed)
-          for seed in seeds
-      ],
-      max_new_tokens=settings.max_new_tokens,
-      batch_size=settings.batch_size,
-      trace=settings.routing_trace,
-  )
+  try:
+    return chat.answer(
+        requests,
+        # Of its own for each, so that a sampled answer is the same in any
+        # batch.
+        [
+            sampling.Options(temperature=settings.temperature, seed=seed)
+            for seed in seeds
+        ],
+        max_new_tokens=settings.max_new_tokens,
+        batch_size=settings.batch_size,
+        trace=settings.routing_trace,
+    )
+  except config.UserError:
+    for row, request in zip(rows, requests, strict=True):
+      try:
+        chat.encode(request)
+      except config.UserError as e:
+        raise base.EvalError(f'Question {row.question_id!r}: {e}') from e
+    raise
 
 
 def _unanswered(
@@ -267,6 +339,8 @@ def _unanswered(
       'max_new_tokens': settings.max_new_tokens,
       'temperature': settings.temperature,
   }
+  if settings.image_aspect is not None:
+    metadata['image_aspect'] = settings.image_aspect
   key = json.dumps([question.question_id, question.text, metadata])
   return base.Answer(
       question_id=question.question_id,
@@ -330,9 +404,10 @@ def _check_same(
         f'{where}: question {found.question_id!r} is not one of this question'
         f' file. {advice}'
     )
-  for key, value in expected.metadata.items():
-    if found.metadata.get(key) != value:
+  for key in {**expected.metadata, **found.metadata}:
+    there, here = found.metadata.get(key), expected.metadata.get(key)
+    if there != here:
       raise base.EvalError(
-          f'{where}: answered with {key} {found.metadata.get(key)!r}, but this'
-          f' run has {value!r}. {advice}'
+          f'{where}: answered with {key} {there!r}, but this run has {here!r}.'
+          f' {advice}'
       )

@@ -35,8 +35,8 @@ def load(
 ) -> dict[str, list[base.Question]]:
   """Returns the questions under the stem of their file's name.
 
-  `answer` is the reference answer, `extra['captions']` what the judge is told
-  of the image.
+  `answer` is the reference answer, `extra['caption']` what the judge is told of
+  the image.
 
   Raises:
     EvalError: a file is missing or malformed, or lacks something.
@@ -49,12 +49,19 @@ def load(
   folder = pathlib.Path(annotations)
   captions = {}
   for number, row in enumerate(base.read_jsonl(folder / 'context.jsonl'), 1):
-    if not isinstance(row.get('caption'), list) or 'image' not in row:
+    caption = row.get('caption')
+    # The published file has one string; the official script takes both.
+    sentences = [caption] if isinstance(caption, str) else caption
+    if (
+        'image' not in row
+        or not isinstance(sentences, list)
+        or not all(isinstance(sentence, str) for sentence in sentences)
+    ):
       raise base.EvalError(
           f'{folder}/context.jsonl, line {number}: expected an "image" and a'
-          f' list "caption", got {sorted(row)}.'
+          f' "caption", a string or a list of strings; got {row}.'
       )
-    captions[row['image']] = row['caption']
+    captions[row['image']] = '\n'.join(sentences)
   references = {
       answer.question_id: answer.text
       for answer in base.read_answers(folder / 'answers_gpt4.jsonl')
@@ -76,7 +83,7 @@ def load(
           dataclasses.replace(
               q,
               answer=references[q.question_id],
-              extra={**q.extra, 'captions': captions[q.image]},
+              extra={**q.extra, 'caption': captions[q.image]},
           )
           for q in questions
       ]
@@ -161,9 +168,8 @@ def summary(pairs: Sequence[tuple[float, float]]) -> dict[str, float]:
 
 
 def _request(question: base.Question, text: str) -> judge.Request:
-  captions = '\n'.join(question.extra['captions'])
   content = (
-      f'[Context]\n{captions}\n\n'
+      f'[Context]\n{question.extra["caption"]}\n\n'
       f'[Question]\n{question.text}\n\n'
       f'[Assistant 1]\n{question.answer}\n\n[End of Assistant 1]\n\n'
       f'[Assistant 2]\n{text}\n\n[End of Assistant 2]\n\n'

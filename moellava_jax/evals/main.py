@@ -71,6 +71,13 @@ def define_flags() -> None:
       'max_new_tokens', None, 'Unset: the benchmark decides.', lower_bound=1
   )
   flags.DEFINE_float('temperature', 0.0, '0: greedy.', lower_bound=0.0)
+  flags.DEFINE_enum(
+      'image_aspect',
+      None,
+      ['pad', 'square'],
+      'How images become squares: padded, or as the image processor does alone'
+      ' (CLIP: the middle is cropped). Unset: as in training.',
+  )
   flags.DEFINE_string(
       'shard',
       None,

@@ -45,6 +45,7 @@ class Options:
   batch_size: int
   max_new_tokens: int | None  # None: the benchmark's.
   temperature: float
+  image_aspect: str | None  # None: the model's.
   cpu_devices: int
   shard: str | None
   routing_trace: bool
@@ -91,6 +92,7 @@ def _check_scores_only(options: Options) -> None:
   given = {
       '--shard': options.shard is not None,
       '--routing_trace': options.routing_trace,
+      '--image_aspect': options.image_aspect is not None,
   }
   if wrong := [flag for flag, is_set in given.items() if is_set]:
     raise base.EvalError(
@@ -179,6 +181,7 @@ def _evaluate_model(
       temperature=options.temperature,
       batch_size=options.batch_size,
       routing_trace=options.routing_trace,
+      image_aspect=options.image_aspect,
   )
   shard = parts.parse(options.shard)
   if options.routing_trace and chat.model.cfg.moe is None:
@@ -186,6 +189,8 @@ def _evaluate_model(
         f'--routing_trace: {path} is a dense model, which routes nothing. Give'
         ' a checkpoint of stage moe.'
     )
+  for key, group in questions.items():
+    ask.check_prompts(chat, group, settings.max_new_tokens, key)
   for control in options.control:
     words = [name, control, options.protocol]
     prefix = '.'.join(w for w in words if w not in ('none', 'llava'))
@@ -216,6 +221,7 @@ def _evaluate_model(
         'model': path,
         'digest': chat.digest,
         'activated_parameters': activated(chat.params, chat.model.cfg),
+        **_shown_as(options.image_aspect),
     }
     try:
       _report(name, control, options, questions, answers, source)
@@ -243,16 +249,21 @@ def _score_answers(options: Options, questions: benchmarks.Questions) -> None:
   rows = [answer for group in answers.values() for answer in group]
   # Files of the original say nothing about control and weights.
   sources = {
-      (r.model_id, r.metadata.get('control', 'none'), r.metadata.get('digest'))
-      for r in rows
+      (
+          row.model_id,
+          row.metadata.get('control', 'none'),
+          row.metadata.get('digest'),
+          row.metadata.get('image_aspect'),
+      )
+      for row in rows
   }
   if len(sources) > 1:
     raise base.EvalError(
-        'The answers are of several models or controls: '
-        f'{base.listed(sorted(map(str, sources)))}.'
+        'The answers differ in image_aspect, or are of several models or'
+        f' controls: {base.listed(sorted(map(str, sources)))}.'
     )
-  ((name, control, digest),) = sources
-  source = {'model': None, 'digest': digest}
+  ((name, control, digest, aspect),) = sources
+  source = {'model': None, 'digest': digest, **_shown_as(aspect)}
   _report(name, control, options, questions, answers, source)
 
 
@@ -301,6 +312,11 @@ def _report(
     scores.merge(
         pathlib.Path(options.out) / 'scores.json', name, control, key, entry
     )
+
+
+def _shown_as(aspect: str | None) -> dict[str, str]:
+  """What an entry says of the image aspect: nothing, if it is the model's."""
+  return {} if aspect is None else {'image_aspect': aspect}
 
 
 def _scores(

@@ -34,6 +34,7 @@ class Chat(NamedTuple):
   tokenizer: tokenizer_lib.Tokenizer
   template: templates.Template
   max_positions: int | None  # Of prompt and answer; None: no limit is known.
+  image_aspect: str  # How images become squares, see `images.preprocess`.
 
   @property
   def stop(self) -> tuple[str, ...]:
@@ -48,25 +49,33 @@ class Chat(NamedTuple):
       UserError: as many `<image>` marks as images are required, and an image
         must be readable.
     """
+    tokens_L = self._tokens(request)
+    pixels = [self._pixels(image) for image in request.images]
+    size = self.model.cfg.vision.image_size
+    return generate_lib.Prompt(
+        tokens_L, np.array(pixels, np.uint8).reshape(-1, size, size, 3)
+    )
+
+  def positions(self, request: Request) -> int:
+    """The length of the prompt; its images are not read.
+
+    Raises:
+      UserError: as many `<image>` marks as images are required.
+    """
+    return len(self._tokens(request))
+
+  def _tokens(self, request: Request) -> np.ndarray:
     segments = templates.render(self.template, request.turns)
     ids_L, _ = tokenizer_lib.tokenize(segments, self.tokenizer)
-    return self._expand(ids_L, request.images)
-
-  def _expand(self, ids_L, shown) -> generate_lib.Prompt:
     marks = int(np.sum(ids_L == config.IMAGE_TOKEN))
-    if marks != len(shown):
+    if marks != len(request.images):
       raise config.UserError(
-          f'The conversation has {marks} <image> marks, but {len(shown)}'
-          ' images were given; write one mark for each image.'
+          f'The conversation has {marks} <image> marks, but'
+          f' {len(request.images)} images were given; write one mark for each'
+          ' image.'
       )
-    vision = self.model.cfg.vision
-    count_L = np.where(ids_L == config.IMAGE_TOKEN, vision.num_tokens, 1)
-    pixels = [self._pixels(image) for image in shown]
-    size = vision.image_size
-    return generate_lib.Prompt(
-        np.repeat(ids_L, count_L),
-        np.array(pixels, np.uint8).reshape(-1, size, size, 3),
-    )
+    patches = self.model.cfg.vision.num_tokens
+    return np.repeat(ids_L, np.where(ids_L == config.IMAGE_TOKEN, patches, 1))
 
   def _pixels(self, image: requests_lib.Picture) -> np.ndarray:
     if isinstance(image, (str, os.PathLike)):
@@ -75,8 +84,7 @@ class Chat(NamedTuple):
     return images.preprocess(
         image.convert('RGB'),
         vision.image_size,
-        _asked(self.config, self.stage).image_aspect
-        or self.config.data.image_aspect,
+        self.image_aspect,
         vision.resize,
         vision.mean,
     )
@@ -322,7 +330,7 @@ def load(
   found = checkpoint.load(
       path, places(model, mesh), default=sharding.replicated(mesh)
   )
-  template = templates.get(_asked(cfg, stage).template)
+  asked = _asked(cfg, stage)
   return Chat(
       os.path.basename(os.path.normpath(path)),
       checkpoint.fingerprint(found.params),
@@ -332,8 +340,9 @@ def load(
       cfg,
       stage,
       tokenizer_lib.load(found.tokenizer_dir),
-      template,
+      templates.get(asked.template),
       backbones.POSITIONS.get(cfg.model.llm.name),
+      asked.image_aspect or cfg.data.image_aspect,
   )
 
 

@@ -180,6 +180,15 @@ def test_missing_images_are_listed_before_anything_is_asked(
   assert chats('moe').seen == []
 
 
+def test_a_question_whose_image_cannot_be_read_is_named(ask_all, chats, images):
+  chats('moe').unreadable = (f'{images}/d.png',)
+  with pytest.raises(
+      base.EvalError, match='^Question 3: an image cannot be read'
+  ):
+    ask_all()
+  assert len(ask_all.path.read_text().splitlines()) == 2
+
+
 def test_progress_is_plain_lines_off_a_terminal(ask_all, capsys):
   ask_all()
   lines = capsys.readouterr().err.splitlines()

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A model that answers from a function, in place of `infer.chat`."""
 
+import copy
 from http import server
 import json
 import sys
@@ -34,11 +35,31 @@ class FakeChat:
     self.digest = digest
     self.params = {'llm': {'norm': np.zeros(5)}}
     self.model = types.SimpleNamespace(cfg=types.SimpleNamespace(moe=None))
+    self.max_positions = None
+    self.image_aspect = 'pad'
+    self.unreadable = ()
     self.reply = lambda request: 'Yes'
     self.dies_at = None
     self.calls = []
     self.seen = []
     self.seeds = []
+    self.aspects = []
+
+  def _replace(self, **changes):
+    changed = copy.copy(self)
+    vars(changed).update(changes)
+    return changed
+
+  def positions(self, request):
+    """One for each word of the question, ten for an image."""
+    text = request.turns[-1][1]
+    if (marks := text.count('<image>')) != len(request.images):
+      raise config.UserError(f'{marks} <image> marks')
+    return len(text.split()) + 9 * len(request.images)
+
+  def encode(self, request):
+    if any(image in self.unreadable for image in request.images):
+      raise config.UserError('an image cannot be read')
 
   def answer(
       self, requests, options, *, max_new_tokens, batch_size, trace=False
@@ -46,6 +67,11 @@ class FakeChat:
     assert 0 < len(requests) == len(options) <= batch_size
     if self.dies_at is not None and len(self.seen) >= self.dies_at:
       raise KeyboardInterrupt
+    for request in requests:
+      self.encode(request)
+      most = self.positions(request) + max_new_tokens
+      assert self.max_positions is None or most <= self.max_positions
+    self.aspects.extend(self.image_aspect for _ in requests)
     first = options[0]
     self.calls.append(
         (len(requests), max_new_tokens, first.temperature, first.seed)

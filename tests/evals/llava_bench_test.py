@@ -99,6 +99,20 @@ def test_reviews_are_summed_up_as_officially(questions, tmp_path, judge_server):
   assert body['messages'][1]['content'].endswith('affect your judgment.\n\n')
 
 
+def test_a_caption_may_be_one_string_as_in_the_published_file(
+    files, write_jsonl
+):
+  write_jsonl(
+      'context.jsonl',
+      [{'id': '001', 'image': '001.jpg', 'caption': 'A hill.\nA house.'}],
+  )
+  questions = llava_bench.load(str(files / 'questions.jsonl'), str(files))
+  (_, (_, content)), *_ = (
+      request.messages for request in llava_bench.requests(questions, ANSWERS)
+  )
+  assert content.startswith('[Context]\nA hill.\nA house.\n\n[Question]\nQ0?')
+
+
 def test_no_score_without_a_judge_or_of_a_part(questions):
   with pytest.raises(base.UnscoredError, match='--judge_url'):
     llava_bench.score(questions, ANSWERS)
@@ -114,7 +128,7 @@ def test_what_is_lacking_is_listed(files, write_jsonl):
       match=r'without a caption: 4 .*; reference: 3 \(1, 2, 3\)',
   ):
     llava_bench.load(str(files / 'questions.jsonl'), str(files))
-  write_jsonl('context.jsonl', [{'image': '001.jpg', 'caption': 'A hill.'}])
+  write_jsonl('context.jsonl', [{'image': '001.jpg', 'caption': ['A', 1]}])
   with pytest.raises(base.EvalError, match='context.jsonl, line 1: expected'):
     llava_bench.load(str(files / 'questions.jsonl'), str(files))
   with pytest.raises(base.EvalError, match='--annotations=DIR with context'):

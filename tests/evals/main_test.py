@@ -53,6 +53,7 @@ def options(tmp_path, questions, images, write_jsonl):
         'batch_size': 64,
         'max_new_tokens': None,
         'temperature': 0.0,
+        'image_aspect': None,
         'cpu_devices': 1,
         'shard': None,
         'routing_trace': False,

@@ -45,6 +45,7 @@ def options(tmp_path):
       batch_size=2,
       max_new_tokens=None,
       temperature=0.0,
+      image_aspect=None,
       cpu_devices=1,
       shard=None,
       routing_trace=False,
@@ -185,7 +186,7 @@ def test_questions_that_share_an_id_are_all_asked_and_resumed(
   assert len(chats('moe').seen) == 5
 
 
-def _mmbench(path):
+def _mmbench(path, second='Which?'):
   buffer = io.BytesIO()
   Image.new('RGB', (60, 40), 'red').save(buffer, 'PNG')
   image = base64.b64encode(buffer.getvalue()).decode()
@@ -194,15 +195,15 @@ def _mmbench(path):
       [
           {
               'index': index,
-              'question': 'Which?',
+              'question': question,
               'A': a,
               'B': b,
               'answer': answer,
               'image': image if index == '1' else '1',
           }
-          for index, a, b, answer in (
-              ('1', 'red', 'blue', 'A'),
-              ('1000001', 'blue', 'red', 'B'),
+          for index, question, a, b, answer in (
+              ('1', 'Which?', 'red', 'blue', 'A'),
+              ('1000001', second, 'blue', 'red', 'B'),
           )
       ],
   )
@@ -230,6 +231,73 @@ def test_a_table_with_images_is_asked_scored_and_submitted(
       1000001,
       'Which?',
   ]
+
+
+def test_what_cannot_be_asked_is_found_before_the_first_answer(
+    chats, options, tmp_path
+):
+  questions = _mmbench(tmp_path / 'dev.tsv', 'Which <image>, <image> or none?')
+  asked = options(benchmark='mmbench', questions=questions, batch_size=1)
+  with pytest.raises(
+      base.EvalError,
+      match=r'dev: questions that cannot be asked: 1 .*1000001.*2 <image> marks',
+  ):
+    run.evaluate(asked)
+  assert chats(asked.model[0]).seen == []
+
+
+def test_questions_beyond_the_positions_are_asked_with_a_warning(
+    chats, options, questions, images, write_jsonl, tmp_path, capsys
+):
+  questions[3]['text'] += ' Or a cat?'
+  questions[4]['text'] += ' Or a dog, and ' + 200 * 'very ' + 'old?'
+  path = write_jsonl('pope.jsonl', questions)
+  asked = options(questions=path, images=images)
+  chat = chats(asked.model[0])
+  # An image is 10, the others' words are 4, and POPE's answers 128.
+  chat.max_positions = 142
+  run.evaluate(asked)
+  assert len(chat.seen) == 5
+  assert {call[1] for call in chat.calls} == {128}
+  (warning,) = [
+      line for line in capsys.readouterr().err.splitlines() if '142' in line
+  ]
+  assert (
+      'with 128 new tokens 2 of 5 questions take more than the 142' in warning
+  )
+  assert '1 of them by the question alone (the longest: 219)' in warning
+
+
+def test_an_image_aspect_is_recorded_and_not_mixed(
+    chats, options, questions, images, write_jsonl, tmp_path
+):
+  path = _pope(write_jsonl, questions)
+  asked = options(questions=path, images=images)
+  square = dataclasses.replace(asked, image_aspect='square')
+  run.evaluate(asked)
+  assert 'image_aspect' not in _scores(tmp_path)['moe']['none']['pope']
+  with pytest.raises(
+      base.EvalError, match="image_aspect None, but this run has 'square'"
+  ):
+    run.evaluate(square)
+  chat = chats(asked.model[0])
+  assert chat.aspects == 5 * ['pad']  # As in training.
+
+  answers = tmp_path / 'out' / 'moe.pope.jsonl'
+  answers.unlink()
+  run.evaluate(square)
+  assert chat.aspects[5:] == 5 * ['square']
+  assert _scores(tmp_path)['moe']['none']['pope']['image_aspect'] == 'square'
+  with pytest.raises(
+      base.EvalError, match="image_aspect 'square', but this run has None"
+  ):
+    run.evaluate(asked)
+  (tmp_path / 'out' / 'scores.json').unlink()
+  scored = options(questions=path, model=[], answers=[str(answers)])
+  run.evaluate(scored)
+  assert _scores(tmp_path)['moe']['none']['pope']['image_aspect'] == 'square'
+  with pytest.raises(base.EvalError, match='--image_aspect: goes with --model'):
+    run.evaluate(dataclasses.replace(scored, image_aspect='pad'))
 
 
 def test_a_test_set_is_answered_for_its_server(

@@ -11,7 +11,9 @@ import pytest
 
 import moellava_jax
 from moellava_jax import config, sharding
+from moellava_jax.data import images as images_lib
 from moellava_jax.data import templates
+from moellava_jax.evals import ask, base
 from moellava_jax.infer import chat as chat_lib
 from moellava_jax.infer import generate, requests, sampling, verify
 from tests import tiny
@@ -208,6 +210,63 @@ def test_a_conversation_that_is_too_long_is_refused_before_it_is_asked(chat):
   for options in ({}, {'stream': True}):
     with pytest.raises(config.UserError, match=message):
       short.chat(RED, QUESTION, max_new_tokens=9, **options)
+
+
+def test_positions_are_those_of_the_prompt_without_its_images(chat):
+  there = requests.conversation([RED, GREEN], QUESTION, ())
+  gone = requests.conversation(['gone.png', 'lost.png'], QUESTION, ())
+  assert chat.positions(gone) == len(chat.encode(there).tokens_L)
+  with pytest.raises(config.UserError, match='0 <image> marks, but 1 images'):
+    chat.positions(chat_lib.Request((('human', 'Hi'),), ('gone.png',)))
+
+
+def test_an_evaluation_goes_on_beyond_the_positions(chat, tmp_path):
+  RED.save(tmp_path / 'red.png')
+  asked = requests.conversation(tmp_path / 'red.png', QUESTION, ())
+  short = chat._replace(max_positions=chat.positions(asked) + 3)
+  with pytest.raises(config.UserError, match='was made for'):
+    short.generate([asked], **ASK)
+  found = ask.run(
+      short,
+      [base.Question(7, 'red.png', QUESTION, 'c', None, {})],
+      str(tmp_path),
+      tmp_path / 'answers.jsonl',
+      'none',
+      ask.Settings(
+          ASK['max_new_tokens'],
+          temperature=0.0,
+          batch_size=1,
+          routing_trace=False,
+      ),
+      model_id='moe',
+  )
+  assert found is not None
+  assert [a.text for a in found] == [chat.chat(RED, QUESTION, **ASK)]
+
+
+def test_an_image_is_shown_as_in_training_or_as_asked(chat):
+  wide = Image.radial_gradient('L').resize((90, 30)).convert('RGB')
+  vision = chat.model.cfg.vision
+  request = requests.conversation(wide, QUESTION, ())
+
+  def pixels(aspect):
+    return images_lib.preprocess(
+        wide, vision.image_size, aspect, vision.resize, vision.mean
+    )
+
+  assert (pixels('pad') != pixels('square')).any()
+  shown = {
+      aspect: chat._replace(image_aspect=aspect).encode(request).images_IHWC[0]
+      for aspect in ('pad', 'square')
+  }
+  for aspect, pixels_HWC in shown.items():
+    np.testing.assert_array_equal(pixels_HWC, pixels(aspect))
+  trained = (
+      chat.config.stage('moe').image_aspect or chat.config.data.image_aspect
+  )
+  np.testing.assert_array_equal(
+      chat.encode(request).images_IHWC[0], shown[trained]
+  )
 
 
 def test_a_dense_model_has_no_trace(dense_dir):
