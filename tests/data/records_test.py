@@ -273,5 +273,6 @@ def test_training_counts_what_was_dropped_and_repaired(tmp_path, capsys):
   text = capsys.readouterr().out
   assert 'dropped 1 rows: image outside the image root' in text
   assert 'dropped 1 rows: no conversation' in text
-  assert 'dropped 3 rows: images or answers beyond the end' in text
+  assert 'dropped 3 rows: more images than max_images; the first' in text
+  assert 'has 2 images, but a row has max_images=1 slots; raise' in text
   assert 'repaired 1 rows: the file of another extension' in text
