@@ -145,7 +145,7 @@ def encode(
     )
   full = len(ids_L)
   if fmt.data.parity_truncation:
-    ids_L, supervised_L = (x[: fmt.row_length] for x in (ids_L, supervised_L))
+    ids_L, supervised_L = (x[: fmt.text_length] for x in (ids_L, supervised_L))
   cut |= len(ids_L) < full
   count_L = np.where(ids_L == config.IMAGE_TOKEN, fmt.vision.num_tokens, 1)
   ids_L = np.repeat(ids_L, count_L)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from moellava_jax import config
 from moellava_jax.data import (
     assemble,
     check,
@@ -194,7 +195,7 @@ class Examples:
         words_N=None if words_N is None else words_N[kept_N],
     )
     if self.format.row_length is None:
-      longest = int(lengths_N.max())
+      longest = max(_row_length(x, self.format) for x in self._rows)
       self.format = self.format._replace(row_length=-(-longest // 8) * 8)
 
   def _measure_all(self):
@@ -302,6 +303,15 @@ class Examples:
 def _words(row: sources.Row) -> int:
   """The original's length of a conversation."""
   return sum(len(value.split()) for _, value in row.turns)
+
+
+def _row_length(example: encode.Example, fmt: encode.Format) -> int:
+  """The `row_length` that this conversation needs."""
+  positions = len(example.tokens_L)
+  if not fmt.data.parity_truncation:
+    return positions
+  patches = int(np.sum(example.tokens_L == config.IMAGE_TOKEN))
+  return positions - patches + patches // fmt.vision.num_tokens
 
 
 def _progress(rows: Sequence[sources.Row]) -> Iterable[sources.Row]:
