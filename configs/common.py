@@ -169,10 +169,11 @@ def paper(name: str, tower: str, lm: str, template: str) -> Any:
   * Rows are shuffled: arrangement='grouped' of finetune and moe (stage I is
     shuffled there as well), and moe.grouped_world=32 for OpenChat, whose stage
     III has 8 GPUs x 4 micro-batches. An accumulate that divides grouped_world
-    keeps the rows of a GPU together; only one equal to it keeps them alone.
+    keeps the rows of a GPU together; only one equal to it keeps them alone, in
+    micro-batches of 8 rows (OpenChat 4) for at most so many devices.
   * Labels follow the spans of answers: data.parity_mask=True counts tokens.
-  * A row with more than one image is dropped: max_images=16 keeps what the
-    scripts keep, and makes each row pay for 16.
+  * A row with more than one image is dropped: max_images=16 keeps up to
+    16, as the scripts do, and makes each row pay for 16.
   * The routing: see `moe` above.
 
   Args:

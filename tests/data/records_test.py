@@ -206,6 +206,11 @@ def test_lengths_are_kept_and_counted_again_where_the_key_differs(
   assert (count(13, template='phi') > first_N).all()
   assert (count(13, tok=_other_tokenizer()) != first_N).any()
   count(0)  # All of them are kept.
+  # From a time when this template did not wrap its images.
+  tok = llava_files.TOKENIZER
+  old = lengths.Key(lengths.fingerprint(tok), 'v1_mmtag', 9)
+  lengths.write(found.directory, found.digest, old, first_N)
+  count(13, template='v1_mmtag')
   joined = sources.Joined([found, found])
   assert (
       len(lengths.count(joined, llava_files.TOKENIZER, 'bare', 9, workers=0))
