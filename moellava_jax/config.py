@@ -22,7 +22,6 @@ IMAGE_TOKEN = -200
 
 STAGES = ('warmup', 'pretrain', 'finetune', 'moe')
 
-
 # Settings of `data` that a stage may have of its own; None: those of `data`.
 _OF_STAGE = ('image_aspect', 'arrangement', 'grouped_world')
 

@@ -39,11 +39,11 @@ Repaired:
   an animation                       its first frame
   CMYK; grey of more than 8 bits     RGB; clipped at 255: as in the original
 
-Dropped, by reason: see `REASONS`. Where that is more than half of a source, or
-all of its rows with images, the run stops after all. An image is opened by `prepare`, or when
+Dropped, by reason: see `REASONS`. An image is opened by `prepare`, or when
 training first needs it (`images.examine`); one of more than 89 million pixels,
 or of a single one, is unreadable. What `prepare` or `builders` wrote was
-checked then.
+checked then. Training stops after all if, before it begins, more than half of
+the rows of a source are dropped, or all of those with images.
 """
 
 from collections import Counter

@@ -177,14 +177,13 @@ class Examples:
 
   def _encode_all(self):
     notes: list[counts.Note] = []
-    encoded = [
-        self._try(index, row, notes, pixels=True)
-        for index, row in enumerate(_progress(self._rows))
-    ]
+    encoded, has_image = [], []
+    for index, row in enumerate(_progress(self._rows)):
+      encoded.append(self._try(index, row, notes, pixels=True))
+      has_image.append(bool(row.images))
     self.counts.add(notes)
     kept_N = np.array([found is not None for found in encoded], bool)
-    has_image_N = np.array([bool(row.images) for row in self._rows], bool)
-    self._check_left(kept_N, has_image_N, notes)
+    self._check_left(kept_N, np.array(has_image, bool), notes)
     self._rows = [found.example for found in encoded if found is not None]
     lengths_N = np.array([len(x.tokens_L) for x in self._rows], np.int32)
     words_N = self._known.words_N
