@@ -85,8 +85,8 @@ def check_left(
     return
   raise DataError(
       f'{where}: {count - left} of {count} rows cannot be used, and'
-      f' {images - seen} of the {images} with images: {dict(dropped)}. These are'
-      ' too many to be dropped (--config.data.on_bad=skip). Check'
+      f' {images - seen} of the {images} with images: {dict(dropped)}. That is'
+      ' too many to drop them (--config.data.on_bad=skip). Check'
       " --config.data.images and the stage's row_length and max_images;"
       ' --config.data.on_bad=error names the first of these rows.'
   )
