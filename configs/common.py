@@ -30,7 +30,9 @@ def moe() -> Any:
 
   To reproduce the original exactly: group='batch', route_padding=True,
   eval_capacity_factor=2.0, eval_second_choice='sampled' and
-  random_token_selection=True.
+  random_token_selection=True. A batch is then what one GPU of the original
+  takes at a time only if the stage's accumulate is the number of GPUs times
+  that of the scripts (see `paper`); a smaller one puts several together.
   """
   c = ml_collections.ConfigDict()
   c.layers = 'interval'  # Or first_half, second_half, all, '0,2,5'.
@@ -63,7 +65,10 @@ def stage() -> Any:
   c.data.weights = config_dict.placeholder(tuple)  # None: all rows, once.
   c.data.eval_json = config_dict.placeholder(str)
   c.template = 'plain'
-  c.image_aspect = config_dict.placeholder(str)  # None: data.image_aspect.
+  # None: those of `data`.
+  c.image_aspect = config_dict.placeholder(str)
+  c.arrangement = config_dict.placeholder(str)
+  c.grouped_world = config_dict.placeholder(int)
   c.row_length = config_dict.placeholder(int)  # None: the longest row.
   c.max_images = 1
   c.batch_size = 128
@@ -154,11 +159,22 @@ def run(tower: str, lm: str) -> Any:
 def paper(name: str, tower: str, lm: str, template: str) -> Any:
   """The three stages of MoE-LLaVA (its scripts/v1), for any backbone.
 
-  What differs from the scripts: all rows of a stage have one length (below),
-  and the loss is a mean over all targets of a step. To reproduce them there
-  too: data.parity_truncation=True with row_length=2048 (text is cut before
-  images are expanded), optimizer.loss_normalization='microbatch', and the
-  settings named in `moe` above.
+  What differs from the scripts, and what repeats them there too:
+
+  * All rows of a stage have one length (below): data.parity_truncation=True
+    with row_length=2048 cuts text before images are expanded.
+  * The loss is a mean over all targets of a step, not of the means of what
+    each GPU takes at a time: optimizer.loss_normalization='microbatch', with
+    accumulate=8 in stage I and accumulate=grouped_world in II and III.
+  * Rows are shuffled: arrangement='grouped' of finetune and moe (stage I is
+    shuffled there as well), and moe.grouped_world=32 for OpenChat, whose stage
+    III has 8 GPUs x 4 micro-batches. An accumulate that divides grouped_world
+    keeps the rows of a GPU together; only one equal to it keeps them alone, in
+    micro-batches of 8 rows (OpenChat 4) for at most so many devices.
+  * Labels follow the spans of answers: data.parity_mask=True counts tokens.
+  * A row with more than one image is dropped: max_images=16 keeps up to
+    16, as the scripts do, and makes each row pay for 16.
+  * The routing: see `moe` above.
 
   Args:
     name: of the run, below runs/.

@@ -22,6 +22,9 @@ IMAGE_TOKEN = -200
 
 STAGES = ('warmup', 'pretrain', 'finetune', 'moe')
 
+# Settings of `data` that a stage may have of its own; None: those of `data`.
+_OF_STAGE = ('image_aspect', 'arrangement', 'grouped_world')
+
 
 class UserError(ValueError):
   """A mistake in settings or files; its message is all that one needs."""
@@ -280,7 +283,10 @@ class StageDataConfig:
 class StageConfig:
   data: StageDataConfig
   template: str
-  image_aspect: Literal['pad', 'square'] | None  # None: that of `data`.
+  # See `DataConfig`; None: that of `data`.
+  image_aspect: Literal['pad', 'square'] | None
+  arrangement: Literal['shuffled', 'grouped', 'packed'] | None
+  grouped_world: int | None
   # Positions of a row after expansion of the images. None: as long as the
   # longest conversation, which has to fit into memory to be known.
   row_length: int | None
@@ -367,6 +373,15 @@ class TrainConfig:
         weights=self.data.weights,
         eval_json=self.data.eval_json,
     )
+
+  def stage_pipeline(self, name: str) -> DataConfig:
+    """`data` with what a stage has of its own."""
+    section = self.stage(name)
+    own = {field: getattr(section, field) for field in _OF_STAGE}
+    if name == 'warmup':  # Of each row, the labels belong to its one image.
+      own['arrangement'] = 'shuffled'
+    given = {k: value for k, value in own.items() if value is not None}
+    return dataclasses.replace(self.data, **given)
 
   def stage_model(self, name: str) -> ModelConfig:
     """The model of a stage: dense before stage III."""
@@ -465,14 +480,10 @@ def _check_data(cfg: TrainConfig) -> None:
           f'config.{path} is {value}, but data are read from a disk: name a'
           f' folder there, of every host, with --config.{path}=DIR.'
       )
-  if cfg.data.arrangement == 'packed' and cfg.data.parity_truncation:
-    raise UserError(
-        'config.data.parity_truncation makes the rows of the original, which'
-        ' does not pack: choose data.arrangement=shuffled or grouped with it.'
-    )
   for name in STAGES:
     if getattr(cfg, name) is None:
       continue
+    _check_arrangement(cfg, name)
     if name != 'moe' and cfg.stage(name).whole_lm:
       raise UserError(
           f'config.{name}.whole_lm is set, but only stage moe has the choice.'
@@ -489,6 +500,22 @@ def _check_data(cfg: TrainConfig) -> None:
           f' expected one for each of its {files} files, none below 0, and not'
           ' all of them 0.'
       )
+
+
+def _check_arrangement(cfg: TrainConfig, name: str) -> None:
+  data, rows = cfg.stage_pipeline(name), cfg.stage(name).batch_size
+  if data.arrangement == 'packed' and data.parity_truncation:
+    raise UserError(
+        'config.data.parity_truncation makes the rows of the original, which'
+        f' does not pack, as stage {name!r} would: choose arrangement=shuffled'
+        ' or grouped with it.'
+    )
+  if data.arrangement == 'grouped' and rows % max(data.grouped_world, 1):
+    raise UserError(
+        f'config.{name}.batch_size is {rows}; expected a multiple of'
+        f' grouped_world={data.grouped_world}, among which it is divided: set'
+        f' --config.{name}.grouped_world.'
+    )
 
 
 def build(cls: type, raw: Mapping[str, Any], where: str) -> Any:
@@ -570,13 +597,22 @@ _VOLATILE = (
 def settings(cfg: TrainConfig, stage: str) -> dict[str, Any]:
   """What decides the parameters of `stage`: dotted path -> value.
 
-  Those of the stages before it belong to it; paths are relative to RUN.
+  Those of the stages before it belong to it; paths are relative to RUN. What
+  a stage may have of its own is there as it is used, and not in `data`.
   """
   later = STAGES[STAGES.index(stage) + 1 :]
   flat = {}
   for path, value in _flatten(dataclasses.asdict(cfg)):
-    if path.startswith(_VOLATILE) or path.split('.')[0] in later:
+    section, _, name = path.partition('.')
+    if path.startswith(_VOLATILE) or section in later:
       continue
+    if name in _OF_STAGE:
+      if section == 'data':
+        continue
+      used = cfg.stage_pipeline(section)
+      if name == 'grouped_world' and used.arrangement != 'grouped':
+        continue
+      value = getattr(used, name)
     if path.endswith(('eval_every', 'eval_batches', 'eval_json')):
       continue
     if stage != 'moe' and path.startswith('model.moe.'):

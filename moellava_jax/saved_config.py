@@ -17,6 +17,8 @@ ADDED: dict[str, Any] = {
     'model.loss_chunk': 16384,
     'model.attention': 'auto',
     **{f'{stage}.whole_lm': False for stage in config.STAGES},
+    **{f'{stage}.arrangement': None for stage in config.STAGES},
+    **{f'{stage}.grouped_world': None for stage in config.STAGES},
 }
 
 

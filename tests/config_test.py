@@ -84,6 +84,49 @@ def test_a_run_may_go_on_with_another_way_of_the_same_results():
   assert line.startswith('model.moe.dispatch')
 
 
+def test_a_stage_may_have_its_own_arrangement():
+  # As the scripts of the original: stage I is shuffled, the others are not.
+  cfg = tiny.train_config(
+      data__arrangement='grouped',
+      pretrain__arrangement='shuffled',
+      moe__grouped_world=8,
+  )
+  used = [cfg.stage_pipeline(stage) for stage in config.STAGES]
+  assert [x.arrangement for x in used] == ['shuffled'] * 2 + ['grouped'] * 2
+  assert [x.grouped_world for x in used] == [16, 16, 16, 8]
+  with pytest.raises(config.UserError, match='moe.batch_size is 16.*world=5'):
+    tiny.train_config(moe__arrangement='grouped', moe__grouped_world=5)
+  with pytest.raises(config.UserError, match="does not pack, as stage 'moe'"):
+    tiny.train_config(moe__arrangement='packed', data__parity_truncation=True)
+
+
+def test_a_stage_that_is_done_does_not_mind_how_a_later_one_is_arranged():
+  before = tiny.train_config()
+  for later in (
+      tiny.train_config(moe__arrangement='grouped', moe__grouped_world=4),
+      # What the stages before have of their own keeps them as they were.
+      tiny.train_config(
+          data__arrangement='grouped',
+          pretrain__arrangement='shuffled',
+          finetune__arrangement='shuffled',
+      ),
+  ):
+    assert config.differences(before, later, 'finetune') == []
+    assert any(
+        line.startswith("moe.arrangement: 'shuffled' in the checkpoint, 'gr")
+        for line in config.differences(before, later, 'moe')
+    )
+  # Of no use where nothing is grouped.
+  other = tiny.train_config(data__grouped_world=2)
+  assert config.differences(before, other, 'moe') == []
+  one, other = (
+      tiny.train_config(moe__arrangement='grouped', data__grouped_world=n)
+      for n in (2, 4)
+  )
+  (line,) = config.differences(one, other, 'moe')
+  assert line == 'moe.grouped_world: 2 in the checkpoint, 4 now'
+
+
 def test_a_missing_field_is_an_error():
   raw = shapes.get_config().to_dict()
   del raw['model']['moe']['dispatch']

@@ -211,7 +211,7 @@ def test_data_that_are_not_there_are_named(tmp_path, monkeypatch):
     inputs.read(config.from_dict(c), ['pretrain'])
 
 
-def test_a_stage_may_have_its_own_image_aspect(tmp_path):
+def test_a_stage_may_have_its_own_image_aspect_and_arrangement(tmp_path):
   pixels = np.zeros((20, 60, 3), np.uint8)
   pixels[:, 30:] = 255
   Image.fromarray(pixels).save(tmp_path / 'wide.png')
@@ -232,6 +232,7 @@ def test_a_stage_may_have_its_own_image_aspect(tmp_path):
       warmup=None,
       stages=('pretrain', 'finetune'),
       pretrain__image_aspect='square',
+      finetune__arrangement='grouped',
   )
   data = inputs.read(cfg, ['pretrain', 'finetune'])
   vision = cfg.model.vision
@@ -245,3 +246,6 @@ def test_a_stage_may_have_its_own_image_aspect(tmp_path):
     )
     got = data.examples[stage][0].images_BIHWC[0]
     np.testing.assert_array_equal(got, expected)
+  # Which fills up its last batch.
+  rows = [data.examples[s].layout(0, 16).rows(1) for s in cfg.stages]
+  assert rows == [1, 16]

@@ -129,6 +129,8 @@ def training(
       data=source,
       template='plain',
       image_aspect=None,
+      arrangement=None,
+      grouped_world=None,
       row_length=length,
       max_images=1,
       batch_size=rows,

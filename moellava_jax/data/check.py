@@ -9,6 +9,7 @@ Read as it is, in both modes:
 
   ids that are numbers, other fields not looked at
   ./ and ../ in a path               if it stays below the image root
+  links in the image root            wherever they lead
   any image file that Pillow reads   palettes and transparency as the original
                                      does; text behind its end
 
@@ -41,7 +42,8 @@ Repaired:
 Dropped, by reason: see `REASONS`. An image is opened by `prepare`, or when
 training first needs it (`images.examine`); one of more than 89 million pixels,
 or of a single one, is unreadable. What `prepare` or `builders` wrote was
-checked then.
+checked then. Training stops after all if, before it begins, more than half of
+the rows of a source are dropped, or all of those with images.
 """
 
 from collections import Counter
@@ -69,6 +71,7 @@ REASONS = (
     'unreadable image',
     'malformed attributes',
     # When it is made a row of training (`examples`):
+    'more images than max_images',
     'images or answers beyond the end of the row',
     'longer than the row',
 )
@@ -113,6 +116,7 @@ class Checker:
   Attributes:
     dropped: what was left out, in order.
     repaired: number of rows by rule.
+    with_images: number of rows that name an image, used or not.
   """
 
   def __init__(self, root: str, on_bad: str, attributes: bool):
@@ -121,6 +125,7 @@ class Checker:
     self._strict = on_bad == 'error'
     self.dropped: list[Dropped] = []
     self.repaired: Counter[str] = Counter()
+    self.with_images = 0
 
   @property
   def reasons(self) -> Counter[str]:
@@ -132,6 +137,8 @@ class Checker:
     Raises:
       DataError: `on_bad=error`, and the row is not as it should be.
     """
+    if isinstance(raw.value, dict) and raw.value.get('image'):
+      self.with_images += 1
     notes = _Notes(f'{raw.path} row {raw.number}', self._strict)
     try:
       row = _row(raw, self._root, self._attributes, notes)

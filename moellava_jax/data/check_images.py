@@ -41,10 +41,10 @@ def paths(raw: dict[str, Any], notes) -> list[str]:
 def find(root: str, path: str, notes) -> str:
   """The path below `root` of the file that `path` means."""
   path = notes.text(path, '"image"')
-  if _is_file(_resolve(root, path, notes)):
+  if _is_file(_locate(root, path, notes)):
     return path
   plain = path.strip().replace('\\', '/')
-  if plain != path and _is_file(_resolve(root, plain, notes)):
+  if plain != path and _is_file(_locate(root, plain, notes)):
     notes.repair(
         'spaces and backslashes of a path corrected',
         f': image {path!r} does not exist, but {plain!r} does.',
@@ -54,7 +54,7 @@ def find(root: str, path: str, notes) -> str:
   if extension.lower() not in EXTENSIONS:
     stem = plain
   for other in ('', *EXTENSIONS, *(e.upper() for e in EXTENSIONS)):
-    if _is_file(_resolve(root, stem + other, notes)):
+    if _is_file(_locate(root, stem + other, notes)):
       notes.repair(
           'the file of another extension',
           f': image {path!r} does not exist, but {stem + other!r} does.',
@@ -67,9 +67,9 @@ def find(root: str, path: str, notes) -> str:
   )
 
 
-def _resolve(root: str, path: str, notes) -> pathlib.Path:
+def _locate(root: str, path: str, notes) -> pathlib.Path:
   try:
-    return images.resolve(root, path)
+    return images.locate(root, path)
   except images.ImageError as error:
     raise notes.bad('image outside the image root', f': {error}') from error
 

@@ -15,6 +15,7 @@ from moellava_jax.data import tokenizer as tokenizer_lib
 # The limit where `row_length` follows the data; the original's text length.
 LONGEST_ROW = 2048
 _BEYOND = 'images or answers beyond the end of the row'
+_SLOTS = 'more images than max_images'
 
 
 class Example(NamedTuple):
@@ -97,7 +98,7 @@ class ImageStore:
   def _read(self, path: str | rows_lib.Stored) -> Decoded:
     if isinstance(path, rows_lib.Stored):  # Checked when it was stored.
       return self._decode(path.fetch(), path.key)._replace(rules=())
-    file = images.resolve(self._root, path)
+    file = images.locate(self._root, path)
     return self._decode(images.content(file), str(file))
 
   def _decode(self, data: bytes, name: str) -> Decoded:
@@ -138,13 +139,13 @@ def encode(
   paths = row.images if row.attributes is not None else row.images[:marks]
   if len(paths) > fmt.max_images:
     raise sources.BadRowError(
-        _BEYOND,
+        _SLOTS,
         f'{row.where} has {len(paths)} images, but a row has'
         f" max_images={fmt.max_images} slots; raise the stage's max_images.",
     )
   full = len(ids_L)
   if fmt.data.parity_truncation:
-    ids_L, supervised_L = (x[: fmt.row_length] for x in (ids_L, supervised_L))
+    ids_L, supervised_L = (x[: fmt.text_length] for x in (ids_L, supervised_L))
   cut |= len(ids_L) < full
   count_L = np.where(ids_L == config.IMAGE_TOKEN, fmt.vision.num_tokens, 1)
   ids_L = np.repeat(ids_L, count_L)

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The conversations of a stage, in rows of a batch: random access to both."""
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from moellava_jax import config
 from moellava_jax.data import (
     assemble,
     check,
@@ -77,11 +79,10 @@ class Examples:
           f"{fmt.data.cache_mb}, so the longest is not known: set the stage's"
           ' row_length.'
       )
-    names = (
-        tuple(part.origin for part in rows.parts)
-        if isinstance(rows, rows_lib.Rows)
-        else ('rows',)
-    )
+    names, self._dropped_before = ('rows',), (Counter[str](),)
+    if isinstance(rows, rows_lib.Rows):
+      names = tuple(part.origin for part in rows.parts)
+      self._dropped_before = tuple(part.dropped for part in rows.parts)
     self._known = order.Known(names, source_N, None, None, None)
     self._look_through()
     if self.eager:
@@ -176,24 +177,24 @@ class Examples:
 
   def _encode_all(self):
     notes: list[counts.Note] = []
-    encoded = [
-        self._try(index, row, notes, pixels=True)
-        for index, row in enumerate(_progress(self._rows))
-    ]
+    encoded, has_image = [], []
+    for index, row in enumerate(_progress(self._rows)):
+      encoded.append(self._try(index, row, notes, pixels=True))
+      has_image.append(bool(row.images))
     self.counts.add(notes)
-    kept = [n for n, found in enumerate(encoded) if found is not None]
-    self._check_left(bool(kept))
+    kept_N = np.array([found is not None for found in encoded], bool)
+    self._check_left(kept_N, np.array(has_image, bool), notes)
     self._rows = [found.example for found in encoded if found is not None]
     lengths_N = np.array([len(x.tokens_L) for x in self._rows], np.int32)
     words_N = self._known.words_N
     self._known = self._known._replace(
-        source_N=self._known.source_N[kept],
+        source_N=self._known.source_N[kept_N],
         lengths_N=lengths_N,
         images_N=np.array([len(x.images) for x in self._rows], np.int32),
-        words_N=None if words_N is None else words_N[kept],
+        words_N=None if words_N is None else words_N[kept_N],
     )
     if self.format.row_length is None:
-      longest = int(lengths_N.max())
+      longest = max(_row_length(x, self.format) for x in self._rows)
       self.format = self.format._replace(row_length=-(-longest // 8) * 8)
 
   def _measure_all(self):
@@ -213,19 +214,38 @@ class Examples:
     assert images_N is not None
     odd_N = (lengths_N > fmt.length) | (images_N > fmt.max_images)
     notes: list[counts.Note] = []
+    has_image_N = images_N > 0
     for n in np.flatnonzero(odd_N):  # What is cut or dropped, `encode` decides.
       found = self._try(int(n), self._rows[int(n)], notes, pixels=False)
       lengths_N[n] = 0 if found is None else len(found.example.tokens_L)
       images_N[n] = 0 if found is None else len(found.example.images)
     self.counts.add(notes)
-    self._check_left(bool(lengths_N.any()))
+    self._check_left(lengths_N > 0, has_image_N, notes)
     self._known = self._known._replace(lengths_N=lengths_N, images_N=images_N)
 
-  def _check_left(self, any_left: bool) -> None:
-    if not any_left:
-      raise sources.DataError(
-          f'No usable row is left; dropped: {dict(self.counts.dropped)}. The'
-          f' first: {next(iter(self.counts.first.values()), "none")}'
+  def _check_left(
+      self,
+      kept_N: np.ndarray,
+      has_image_N: np.ndarray,
+      notes: list[counts.Note],
+  ) -> None:
+    """Raises DataError if there are too few rows left of a source."""
+    if not len(kept_N):
+      raise sources.DataError('There are no rows; expected at least one.')
+    for number, name in enumerate(self._known.sources):
+      mine_N = self._known.source_N == number
+      kept, has_image = kept_N[mine_N], has_image_N[mine_N]
+      before = self._dropped_before[number]
+      now = Counter(
+          note.reason
+          for note in notes
+          if note.what == 'dropped' and mine_N[note.index]
+      )
+      rows_lib.check_left(
+          name,
+          (int(kept.sum()), len(kept) + before.total()),
+          (int((kept & has_image).sum()), int(has_image.sum())),
+          before + now,
       )
 
   def _load(
@@ -282,6 +302,15 @@ class Examples:
 def _words(row: sources.Row) -> int:
   """The original's length of a conversation."""
   return sum(len(value.split()) for _, value in row.turns)
+
+
+def _row_length(example: encode.Example, fmt: encode.Format) -> int:
+  """The `row_length` that this conversation needs."""
+  positions = len(example.tokens_L)
+  if not fmt.data.parity_truncation:
+    return positions
+  patches = int(np.sum(example.tokens_L == config.IMAGE_TOKEN))
+  return positions - patches + patches // fmt.vision.num_tokens
 
 
 def _progress(rows: Sequence[sources.Row]) -> Iterable[sources.Row]:

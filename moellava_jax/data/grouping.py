@@ -2,7 +2,10 @@
 """Batches of one modality and similar lengths: the original's sampler.
 
 `get_modality_length_grouped_indices` of `moellava/train/llava_trainer.py`; only
-its random numbers are others.
+its random numbers are others, and where a chunk lies in its batch. Of W chunks,
+each what a GPU of the original takes at a time, chunk c has the rows c, c + W,
+c + 2W, ... So, if `accumulate` divides W, the step cuts a batch between chunks
+and never through one; with `accumulate` = W a micro-batch is a chunk.
 """
 
 from collections.abc import Sequence
@@ -24,13 +27,14 @@ def batches(
   """A row for each conversation, batch by batch.
 
   The last batch is filled with empty rows, where the original has a smaller
-  one.
+  one; it is not dealt out, so that each micro-batch has as many rows of it.
 
   Args:
     items_N: numbers of conversations.
     words_N: their lengths, words between white space in all turns.
     has_image_N: bool.
-    batch_size: the original's `world` times its rows per device.
+    batch_size: the original's `world` times its rows per device, and so a
+      multiple of it.
     world: devices times micro-batches.
     key: decides the order.
   """
@@ -51,9 +55,16 @@ def batches(
     rest = np.concatenate([found[-1] for found in modalities])
     rest = rest[np.argsort(items_N[rest], kind='stable')]
     order = np.concatenate([*(whole[n] for n in shuffled), rest])
-  plan = packing.alone(items_N[order])
+  plan = packing.alone(items_N[_dealt(order, batch_size, world)])
   empty = np.full(-len(order) % batch_size, len(order))
   return plan._replace(ends_R=np.concatenate([plan.ends_R, empty]))
+
+
+def _dealt(order: np.ndarray, batch_size: int, world: int) -> np.ndarray:
+  """Whole batches with their chunks side by side, not behind each other."""
+  whole = len(order) - len(order) % batch_size
+  chunks = order[:whole].reshape(-1, world, batch_size // world)
+  return np.concatenate([chunks.swapaxes(1, 2).reshape(-1), order[whole:]])
 
 
 def _alike(

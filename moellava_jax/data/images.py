@@ -10,7 +10,6 @@ takes the rows of an image 1 or 3 pixels high for channels.
 
 from collections.abc import Iterator
 import contextlib
-import functools
 import io
 import os
 import pathlib
@@ -43,24 +42,40 @@ class Opened(NamedTuple):
   rules: tuple[str, ...]
 
 
-@functools.lru_cache(maxsize=1 << 16)
-def resolve(root: str, relative: str) -> pathlib.Path:
-  """Returns the absolute path of `relative` below `root`.
+def locate(root: str, relative: str) -> pathlib.Path:
+  """Returns the path of `relative` below `root`, for images of the user's own.
+
+  Links are followed wherever they lead, as in the original: a data set is
+  often linked into the root. For what others ask for there is `resolve`.
 
   Raises:
-    ImageError: `relative` is absolute or leads out of `root`, be it by `..` or
-      by a symbolic link. (`root` itself may be a link.)
+    ImageError: `relative` is absolute, or leads out of `root` by `..`.
   """
   if os.path.isabs(relative):
     raise ImageError(
         f'Image path {relative!r} is absolute; expected a path relative to the'
         f' image root {root!r}.'
     )
-  try:
-    top = os.path.realpath(root)
-    path = os.path.realpath(os.path.join(top, relative))
-  except ValueError as error:  # A null byte.
-    raise ImageError(f'Image path {relative!r} is no path: {error}.') from error
+  if '\0' in relative:
+    raise ImageError(f'Image path {relative!r} is no path: it has a null byte.')
+  path = os.path.normpath(relative)
+  if path.split(os.sep)[0] == os.pardir:
+    raise ImageError(
+        f'Image path {relative!r} leads out of the image root {root!r}; move'
+        ' the file below the root.'
+    )
+  return pathlib.Path(root, path)
+
+
+def resolve(root: str, relative: str) -> pathlib.Path:
+  """Returns the absolute path of `relative` below `root`, without links.
+
+  Raises:
+    ImageError: as `locate`; or a link leads out of `root`. (`root` itself may
+      be a link.)
+  """
+  top = os.path.realpath(root)
+  path = os.path.realpath(locate(root, relative))
   if os.path.commonpath([top, path]) != top:
     raise ImageError(
         f'Image path {relative!r} leads to {path!r}, out of the image root'

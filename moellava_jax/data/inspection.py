@@ -98,7 +98,7 @@ class Inspector:
   def _file(self, path: str) -> tuple[bytes, tuple[str, ...]]:
     """The bytes to store of an image, which is decoded in full, and by which
     rules."""
-    file = images.resolve(self._settings.images, path)
+    file = images.locate(self._settings.images, path)
     data = images.content(file)
     opened = images.examine(data, str(file))
     if (stored_as := self._settings.stored_as) is not None:

@@ -31,7 +31,7 @@ class Key(NamedTuple):
   """What a length depends on."""
 
   tokenizer: str  # `fingerprint`.
-  template: str
+  template: str  # And in what way its text is another than it once was.
   image_tokens: int  # Positions of an image (`VisionConfig.num_tokens`).
 
   @property
@@ -47,6 +47,8 @@ def fingerprint(tok: tokenizer_lib.Tokenizer) -> str:
 
 
 def key_of(tok: tokenizer_lib.Tokenizer, template: str, image_tokens: int):
+  if templates.get(template).wraps_images:
+    template += ', images wrapped'
   return Key(fingerprint(tok), template, image_tokens)
 
 

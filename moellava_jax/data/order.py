@@ -56,7 +56,14 @@ class Layout:
   """The endless sequence of rows of a stage; row g is the same at any time."""
 
   def __init__(self, plan: Plan, known: Known, seed: int):
-    """Raises UserError for weights that do not fit the sources."""
+    """Raises UserError for weights that do not fit the sources, and a batch
+    that cannot be divided.
+    """
+    if plan.arrangement == 'grouped' and plan.batch_size % plan.world:
+      raise config.UserError(
+          f'batch_size={plan.batch_size} is not a multiple of grouped_world='
+          f'{plan.world}, among which it is divided.'
+      )
     self._plan, self._known, self._seed = plan, known, seed
     usable_N = np.arange(len(known.source_N), dtype=np.int32)
     if known.lengths_N is not None:

@@ -75,8 +75,7 @@ def marks(template: templates.Template, value: str, im_start_end: bool) -> str:
   if _VIDEO in value:
     raise config.UserError(f'{value[:60]!r} has a video; there is no tower.')
   if value.startswith(mark):
-    if 'mmtag' in (template.version or ''):
-      value = value.replace(mark, f'<Image>{mark}</Image>')
+    value = templates.wrapped(template, value)
     if (count := value.count(mark)) > MAX_IMAGES:
       value = value.replace(mark * count, mark * MAX_IMAGES).strip()
   wrapped = f'<im_start>{mark}<im_end>' if im_start_end else mark

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from moellava_jax import config
 from moellava_jax.data import batch as batch_lib
 from moellava_jax.data import counts, encode, examples, order, processes
 
@@ -80,11 +79,6 @@ def train_batches(
   import grain
 
   settings = data.format.data
-  if settings.arrangement == 'grouped' and batch_size % settings.grouped_world:
-    raise config.UserError(
-        f'batch_size={batch_size} is not a multiple of data.grouped_world='
-        f'{settings.grouped_world}, among which it is divided.'
-    )
   workers = settings.num_workers
   make = _Batches(data, data.layout(seed, batch_size), batch_size, share)
   # Starting there, and not a restored state: that of worker processes cannot

@@ -6,7 +6,7 @@ is a matter of indices alone.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 from typing import Any, NamedTuple
 
@@ -61,6 +61,35 @@ class Row(NamedTuple):
   # Warm-up of the embedded task: P x A class numbers of the image's patches.
   # Such an image is looked at by the tower alone and has no `<image>` mark.
   attributes: list[list[int]] | None
+
+
+def check_left(
+    where: str,
+    rows: tuple[int, int],
+    with_images: tuple[int, int],
+    dropped: Mapping[str, int],
+) -> None:
+  """Stops where `on_bad=skip` would hide that a source is not found or read.
+
+  Args:
+    where: the source.
+    rows: how many are left, of how many.
+    with_images: how many of those with images are.
+    dropped: how many are not, by reason.
+
+  Raises:
+    DataError: more than half of the rows are dropped, or all with images.
+  """
+  (left, count), (seen, images) = rows, with_images
+  if 2 * left >= count and (seen or not images):
+    return
+  raise DataError(
+      f'{where}: {count - left} of {count} rows cannot be used, and'
+      f' {images - seen} of the {images} with images: {dict(dropped)}. That is'
+      ' too many to drop them (--config.data.on_bad=skip). Check'
+      " --config.data.images and the stage's row_length and max_images;"
+      ' --config.data.on_bad=error names the first of these rows.'
+  )
 
 
 class Rows(Sequence[Row]):

@@ -34,6 +34,14 @@ class Listed(rows.Rows):
         row for raw in check.read(path) if (row := checker.row(raw)) is not None
     ]
     self.dropped, self.repaired = checker.reasons, checker.repaired
+    left = len(self._rows)
+    seen = sum(bool(row.images) for row in self._rows)
+    rows.check_left(
+        path,
+        (left, left + len(checker.dropped)),
+        (seen, checker.with_images),
+        self.dropped,
+    )
 
   def __len__(self) -> int:
     return len(self._rows)
@@ -91,7 +99,7 @@ def read(
 
   Raises:
     DataError: a row that cannot be used (`check`), a missing file or
-      directory, no row at all.
+      directory, no row at all, or too few that can be used.
   """
   parts = [
       _open(path.strip(), image_root, attributes, on_bad)
@@ -99,10 +107,7 @@ def read(
   ]
   found = parts[0] if len(parts) == 1 else Joined(parts)
   if not len(found):
-    dropped = f' Dropped: {dict(found.dropped)}.' if found.dropped else ''
-    raise rows.DataError(
-        f'{paths} holds no rows; expected at least one.{dropped}'
-    )
+    raise rows.DataError(f'{paths} holds no rows; expected at least one.')
   return found
 
 

@@ -35,8 +35,8 @@ class Template:
     roles: the names of the two sides.
     sep: ends a question, or with `single` and `mpt` every part.
     sep2: ends an answer, if that is not `sep`.
-    version: the original chooses its label mask by it, see `parity`; None: a
-      template that the original does not have.
+    version: the original chooses its label mask by it, see `parity`, and
+      whether images are wrapped; None: a template that it does not have.
     example: turns that come before every conversation, never supervised.
   """
 
@@ -60,6 +60,11 @@ class Template:
     (`tokenizer.check_stop`), or an answer would never end.
     """
     return self.sep if self.sep2 is None else self.sep2
+
+  @property
+  def wraps_images(self) -> bool:
+    """Whether its system prompt announces `<Image>visual content</Image>`."""
+    return 'mmtag' in (self.version or '')
 
   @property
   def keyword(self) -> str:
@@ -169,12 +174,22 @@ def render(template: Template, turns: Sequence[Turn]) -> list[Segment]:
     unsupervised += parts.end
     begin = parts.human
   for question, answer in _exchanges(turns):
-    unsupervised += begin + question + parts.gpt
+    unsupervised += begin + wrapped(template, question) + parts.gpt
     segments.append(Segment(unsupervised, False))
     if answer is not None:
       segments.append(Segment(parts.lead + answer + parts.end, True))
     unsupervised, begin = '', parts.human
   return segments
+
+
+def wrapped(template: Template, value: str) -> str:
+  """A turn's text with its `<image>` marks as the template announces them.
+
+  As in the original: of a turn that begins with one.
+  """
+  if not template.wraps_images or not value.startswith(IMAGE):
+    return value
+  return value.replace(IMAGE, f'<Image>{IMAGE}</Image>')
 
 
 def ignored_answers(template: Template, turns: Sequence[Turn]) -> int:

@@ -128,17 +128,12 @@ def _checked(rows, where, fmt, weights, tok) -> pipeline.Examples:
 
 def _format(cfg: config.TrainConfig, stage: str) -> pipeline.Format:
   section = cfg.stage(stage)
-  data = cfg.data
-  if section.image_aspect is not None:
-    data = dataclasses.replace(data, image_aspect=section.image_aspect)
-  if stage == 'warmup':  # Of each row, the labels belong to its one image.
-    data = dataclasses.replace(data, arrangement='shuffled')
   return pipeline.Format(
       section.template,
       section.row_length,
       section.max_images,
       cfg.model.vision,
-      data,
+      cfg.stage_pipeline(stage),
   )
 
 

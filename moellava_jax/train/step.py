@@ -106,7 +106,11 @@ def loss_sums(
 
 
 def micro_batches(batch: Batch, count: int) -> Batch:
-  """`[B, ...] -> [A, B/A, ...]`; every device keeps its own rows."""
+  """`[B, ...] -> [A, B/A, ...]`; every device keeps its own rows.
+
+  Micro-batch a has the rows a, a + A, a + 2A, ..., on which `data.grouping`
+  relies.
+  """
 
   def cut(x):
     x = x.reshape(x.shape[0] // count, count, *x.shape[1:])

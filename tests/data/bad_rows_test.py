@@ -123,13 +123,13 @@ def root(tmp_path_factory):
   """FILES, and what is no file."""
   top = tmp_path_factory.mktemp('corpus')
   (top / 'outside').mkdir()
-  (top / 'outside/secret.png').write_bytes(PNG)
+  (top / 'outside/far.png').write_bytes(PNG)
   folder = top / 'images'
   for name, data in FILES.items():
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
     (folder / name).write_bytes(data)
-  (folder / 'leak.png').symlink_to(top / 'outside/secret.png')
-  (folder / 'leak').symlink_to(top / 'outside')
+  (folder / 'linked.png').symlink_to(top / 'outside/far.png')
+  (folder / 'linked').symlink_to(top / 'outside')
   (folder / 'nowhere.png').symlink_to(folder / 'none.png')
   (folder / 'loop.png').symlink_to(folder / 'loop.png')
   (folder / 'folder.png').mkdir()
@@ -222,17 +222,12 @@ DROPPED = {
         'image outside the image root',
     ),
     'hidden climbing': (
-        _image('sub/../../outside/secret.png'),
+        _image('sub/../../outside/far.png'),
         'image outside the image root',
     ),
     'absolute path': (_image('/etc/passwd'), 'image outside the image root'),
-    'link out': (_image('leak.png'), 'image outside the image root'),
-    'folder link out': (
-        _image('leak/secret.png'),
-        'image outside the image root',
-    ),
     'backslash climbing': (
-        _image('..\\outside\\secret.png'),
+        _image('..\\outside\\far.png'),
         'image outside the image root',
     ),
     'null byte': (_image('good.png\0.jpg'), 'image outside the image root'),
@@ -395,6 +390,9 @@ READ = {
     'unknown fields': _row(model='', bbox=[[1, 2], None]),
     'dots in a path': _image('./sub/../good.png'),
     **{name: _image(name) for name in ('palette.png', 'clear.png', 'tail.jpg')},
+    # The user's own links; a data set often lies on another disk.
+    'link out': _image('linked.png'),
+    'folder link out': _image('linked/far.png'),
 }
 
 
@@ -451,6 +449,7 @@ def test_every_reason_is_documented_and_met():
       'malformed attributes',
       'longer than the row',
       'images or answers beyond the end of the row',
+      'more images than max_images',
   } == set(check.REASONS)
 
 
@@ -463,6 +462,61 @@ def test_a_row_that_cannot_be_used(door, name, root, tmp_path):
   assert (len(kept), dict(dropped)) == (2, {reason: 1})
   with pytest.raises(rows.DataError, match=r'rows\.json row 1\b'):
     door(path, root, 'error')
+
+
+def _missing(number):
+  return _row(id=f'missing{number}', image='none.png')
+
+
+def _text_only(number):
+  return _turns(TEXT, ANSWER, image=DROP, id=f'text{number}')
+
+
+@pytest.mark.parametrize(
+    'raws, expected',
+    [
+        # All images of a source: it would train on text alone.
+        (
+            [_missing(0), *map(_text_only, range(9))],
+            r"1 of 10 rows .* 1 of the 1 with images: {'missing image': 1}",
+        ),
+        # More than half of its rows, whatever the reason.
+        (
+            [_good(0), _missing(1), 7],
+            r"2 of 3 rows .* 1 of the 2 with images: {'missing image': 1, 'not",
+        ),
+        ([7, 'row'], r"2 of 2 rows .* 0 of the 0 .*: {'not an object': 2}"),
+        ([_good(0), _missing(1)], None),
+        ([_text_only(0), _text_only(1)], None),
+    ],
+)
+def test_a_source_of_which_little_is_left_stops(raws, expected, root, tmp_path):
+  good = _write(tmp_path / 'good.json', [_good(n) for n in range(9)])
+  path = _write(tmp_path / 'rows.json', raws)
+  if expected is None:
+    sources.read(f'{good},{path}', str(root), on_bad='skip')
+    return
+  with pytest.raises(rows.DataError, match=f'^[^,]*rows.json: {expected}'):
+    sources.read(f'{good},{path}', str(root), on_bad='skip')
+
+
+def test_what_encoding_drops_counts_too(root, tmp_path):
+  def read(bad, others=()):
+    path = _write(tmp_path / 'rows.json', [*others, *[_good(0)] * 3, *bad])
+    good = _write(tmp_path / 'good.json', [_good(n) for n in range(9)])
+    return _train(f'{good},{path}', root, 'skip')[0]
+
+  three = _turns(
+      {**QUESTION, 'value': '<image>' * 3}, ANSWER, image=['good.png'] * 3
+  )
+  assert len(read([three] * 3)) == 12
+  # With a row that was dropped before, it is more than half.
+  reasons = "{'not an object': 1, 'more images than max_images': 3}"
+  with pytest.raises(rows.DataError, match=rf'rows.json: 4 of 7 .*{reasons}'):
+    read([three] * 3, [7])
+  path = _write(tmp_path / 'rows.json', [_image('cut.png'), _text_only(1)])
+  with pytest.raises(rows.DataError, match='1 of the 1 .*unreadable image'):
+    _train(path, root, 'skip')
 
 
 @pytest.mark.parametrize('name', REPAIRED)

@@ -264,6 +264,31 @@ def test_paths_stay_below_the_root(tmp_path):
       assert str(root) in str(error.value)
 
 
+def test_training_follows_links_but_no_path_leads_out(tmp_path):
+  root = tmp_path / 'root'
+  (root / 'sub').mkdir(parents=True)
+  (tmp_path / 'disk').mkdir()
+  Image.new('RGB', (3, 2)).save(tmp_path / 'disk/a.png')
+  (root / 'coco').symlink_to(tmp_path / 'disk')
+  (root / 'b.png').symlink_to(tmp_path / 'disk/a.png')
+  for path in ('coco/a.png', './sub/../coco/a.png', 'b.png'):
+    assert images.load(images.locate(str(root), path)).size == (3, 2)
+    with pytest.raises(images.ImageError, match='out of the image root'):
+      images.resolve(str(root), path)
+  for path in (
+      '..',
+      '../disk/a.png',
+      'sub/../../disk/a.png',
+      'coco/../../disk/a.png',
+      str(tmp_path / 'disk/a.png'),
+      'a\0b',
+  ):
+    with pytest.raises(images.ImageError) as error:
+      images.locate(str(root), path)
+    assert repr(path) in str(error.value)
+  assert images.locate(str(root), '..a.png') == root / '..a.png'
+
+
 @pytest.mark.parametrize('option', [('crop', 'exact'), ('pad', 'long_edge')])
 def test_unknown_options_are_named(option):
   with pytest.raises(ValueError, match='expected'):

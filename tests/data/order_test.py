@@ -14,6 +14,7 @@ import pytest
 from moellava_jax import config
 from moellava_jax.data import grouping, order, pipeline, shuffling, sources
 from moellava_jax.train import data_report
+from moellava_jax.train import step as step_lib
 from tests.data import conversations
 
 ARRANGEMENTS = ('shuffled', 'grouped', 'packed')
@@ -209,13 +210,45 @@ def test_grouped_batches_are_of_one_modality_and_alike():
   assert all(len(kind) == 1 for kind in kinds)
   assert {True} in kinds and {False} in kinds
   # Each device's part of a batch has nearly the same number of words.
-  shares = np.array([words_N[b].reshape(4, 8).sum(1) for b in batches])
+  shares = np.array([words_N[b].reshape(8, 4).sum(0) for b in batches])
   assert np.all(np.ptp(shares, axis=1) < 0.2 * shares.mean())
   random = words_N[rng.permutation(1000)[:whole]].reshape(-1, 4, 8).sum(2)
   assert np.ptp(shares, axis=1).mean() < 0.3 * np.ptp(random, axis=1).mean()
   # What is left of both kinds comes last, in the order of the data.
   rest = plan.items_N[whole:]
-  assert rest.tolist() == sorted(rest)
+  assert 32 < len(rest) < 64
+  first = rest[:32].reshape(8, 4).T.reshape(-1)
+  assert [*first, *rest[32:]] == sorted(rest)
+
+
+def _even_chunks(items, words, count):
+  """`split_to_even_chunks` of LLaVA's trainer."""
+  size = len(items) // count
+  chunks, sums = [[] for _ in range(count)], [0.0] * count
+  for item in sorted(items, key=lambda item: -words[item]):
+    shortest = sums.index(min(sums))
+    chunks[shortest].append(int(item))
+    sums[shortest] += words[item]
+    if len(chunks[shortest]) == size:
+      sums[shortest] = float('inf')
+  return {frozenset(chunk) for chunk in chunks}
+
+
+@pytest.mark.parametrize('accumulate', [2, 4, 8])
+def test_a_grouped_batch_is_cut_between_the_chunks_of_the_original(accumulate):
+  words_N = np.random.default_rng(0).permutation(96) + 1
+  items_N = np.arange(96, dtype=np.int32)
+  plan = grouping.batches(
+      items_N, words_N, np.ones(96, bool), batch_size=32, world=8, key=(0,)
+  )
+  for start in range(0, 96, 32):
+    batch = plan.items_N[start : start + 32]
+    chunks = _even_chunks(batch, words_N, 8)
+    micro = step_lib.micro_batches(batch, accumulate)
+    for rows in map(set, np.asarray(micro).tolist()):
+      whole = [chunk for chunk in chunks if chunk <= rows]
+      assert len(whole) == 8 // accumulate
+      assert frozenset().union(*whole) == rows
 
 
 def test_grouped_batches_of_one_kind_are_filled_up():
@@ -226,15 +259,17 @@ def test_grouped_batches_of_one_kind_are_filled_up():
   )
   assert [len(plan.row(r)) for r in range(16)] == 10 * [1] + 6 * [0]
   # The longest to the shortest chunk, while it is not full.
-  first = [int(x) for x in words_N[plan.items_N[:8]]]
-  assert sorted(first[:4], reverse=True) == first[:4]
-  assert abs(sum(first[:4]) - sum(first[4:])) <= 2
+  one, other = words_N[plan.items_N[:8]].reshape(4, 2).T.tolist()
+  assert sorted(one, reverse=True) == one
+  assert abs(sum(one) - sum(other)) <= 2
 
 
 def test_a_batch_that_cannot_be_divided_is_an_error(folder):
   data = _data(folder, 'grouped')
   with pytest.raises(config.UserError, match='grouped_world=2'):
     next(pipeline.train_batches(data, 5, 0, 0, share=np.arange(5)))
+  with pytest.raises(config.UserError, match='grouped_world=2'):
+    pipeline.steps(data, 5, 0, 1.0)
 
 
 def test_data_that_is_read_on_access_is_packed_alike(folder):

@@ -101,14 +101,6 @@ TEXT = {
         'No.<|end_of_turn|>',
     ),
     ('llama_2', 'empty_answer'): (' </s> No. </s>', 'No. </s>'),
-    # The mark is wrapped as `<Image><image></Image>`; the same is taught.
-    ('v1_mmtag', 'image_1turn'): ('A red dog.</s>',) * 2,
-    ('v1_mmtag', 'gpt_first'): ('No.</s>',) * 2,
-    ('v1_mmtag', 'emoji'): ('👍🏽 🇩🇪</s>',) * 2,
-    ('v1_mmtag', 'image_2turn'): (
-        "There is a small dog on the red sofa.</s> No, it isn't.</s>",
-    )
-    * 2,
     # A format of its own: speakers' names and the last `###` are taught, an
     # answer is not ended, and the mask of a later turn slips, as every piece
     # is counted with its own BOS. Every conversation differs, here are two.

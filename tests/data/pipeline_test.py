@@ -177,6 +177,28 @@ def test_truncation_of_the_original_counts_an_image_as_one(corpus):
   assert fmt.length == text - 1 + patches - 1
 
 
+def test_truncation_of_the_original_has_a_length_of_its_own(corpus):
+  full = encode.LONGEST_ROW
+  answer = {'from': 'gpt', 'value': 'x ' * full}
+  raw = _row(0)
+  raw['conversations'][1] = answer
+  (corpus / 'long.json').write_text(json.dumps([raw]), encoding='utf-8')
+  fmt = _format(row_length=None, max_images=2, data={'parity_truncation': True})
+  patches = fmt.vision.num_tokens
+  long = _examples(corpus, fmt, 'long.json')
+  assert int(long[0].segment_ids_BT.sum()) == full - 1 + patches
+  assert long.counts.cut == 1
+  assert long.format.row_length == full
+  # Where nothing is cut, it is the longest text, of which an image is one.
+  short = _examples(corpus, fmt)
+  taken = [int(short[n].segment_ids_BT.sum()) for n in range(12)]
+  text = max(
+      length - (patches - 1) * (n % 3 != 2) for n, length in enumerate(taken)
+  )
+  assert short.format.row_length == -(-text // 8) * 8
+  assert short.format.length == short.format.row_length + 2 * (patches - 1)
+
+
 def _rows(corpus, *conversations):
   """Text rows of one exchange each; a question that begins with a mark has
   the image `0.png`.

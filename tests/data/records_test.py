@@ -206,6 +206,11 @@ def test_lengths_are_kept_and_counted_again_where_the_key_differs(
   assert (count(13, template='phi') > first_N).all()
   assert (count(13, tok=_other_tokenizer()) != first_N).any()
   count(0)  # All of them are kept.
+  # From a time when this template did not wrap its images.
+  tok = llava_files.TOKENIZER
+  old = lengths.Key(lengths.fingerprint(tok), 'v1_mmtag', 9)
+  lengths.write(found.directory, found.digest, old, first_N)
+  count(13, template='v1_mmtag')
   joined = sources.Joined([found, found])
   assert (
       len(lengths.count(joined, llava_files.TOKENIZER, 'bare', 9, workers=0))
@@ -273,5 +278,6 @@ def test_training_counts_what_was_dropped_and_repaired(tmp_path, capsys):
   text = capsys.readouterr().out
   assert 'dropped 1 rows: image outside the image root' in text
   assert 'dropped 1 rows: no conversation' in text
-  assert 'dropped 3 rows: images or answers beyond the end' in text
+  assert 'dropped 3 rows: more images than max_images; the first' in text
+  assert 'has 2 images, but a row has max_images=1 slots; raise' in text
   assert 'repaired 1 rows: the file of another extension' in text

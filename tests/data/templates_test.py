@@ -235,9 +235,20 @@ def test_bare_is_phi_without_the_system_prompt():
   assert phi.endswith("to the user's questions. " + bare)
 
 
+@pytest.mark.parametrize('name', ['v1_mmtag', 'v0_mmtag'])
+def test_images_come_as_the_system_prompt_announces_them(name):
+  turns = [('human', '<image>\na <image>'), ('gpt', 'b')]
+  turns += [('human', 'c <image>')]
+  text = _marked(name, turns).replace(_MMTAG, '')
+  # As in the original, of a turn that begins with one.
+  wrapped = '<Image><image></Image>'
+  assert f': {wrapped}\na {wrapped}' in text
+  assert ': c <image>' in text
+
+
 def test_training_text_begins_with_the_inference_prompt():
   # Otherwise a model is asked in another way than it was taught.
-  for name in ('phi', 'v1', 'bare'):
+  for name in ('phi', 'v1', 'v1_mmtag', 'bare'):
     template = templates.get(name)
     turns = [('human', '<image>\na'), ('gpt', 'b')]
     prompt = templates.text(templates.render(template, turns[:1]))
