@@ -113,7 +113,7 @@ class DecoderConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MoeConfig:
-  """The sparse layers of stage III (DESIGN: original behaviour as switches)."""
+  """The sparse layers of stage III; what the original does is a switch."""
 
   layers: str  # interval | first_half | second_half | all | '0,2,5'.
   num_experts: int
@@ -597,22 +597,13 @@ _VOLATILE = (
 def settings(cfg: TrainConfig, stage: str) -> dict[str, Any]:
   """What decides the parameters of `stage`: dotted path -> value.
 
-  Those of the stages before it belong to it; paths are relative to RUN. What
-  a stage may have of its own is there as it is used, and not in `data`.
+  Those of the stages before it belong to it; paths are relative to RUN.
   """
   later = STAGES[STAGES.index(stage) + 1 :]
   flat = {}
   for path, value in _flatten(dataclasses.asdict(cfg)):
-    section, _, name = path.partition('.')
-    if path.startswith(_VOLATILE) or section in later:
+    if path.startswith(_VOLATILE) or path.split('.')[0] in later:
       continue
-    if name in _OF_STAGE:
-      if section == 'data':
-        continue
-      used = cfg.stage_pipeline(section)
-      if name == 'grouped_world' and used.arrangement != 'grouped':
-        continue
-      value = getattr(used, name)
     if path.endswith(('eval_every', 'eval_batches', 'eval_json')):
       continue
     if stage != 'moe' and path.startswith('model.moe.'):
