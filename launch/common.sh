@@ -40,15 +40,19 @@ run() {
   "$@"
 }
 
-# attended COMMAND...: run a command in the background, pass SIGTERM on to it,
-# and set CODE to what it ends with.
+# pass_on PROCESS: what `attended` does at a SIGTERM, unless a script says
+# otherwise.
+pass_on() { kill -TERM "$1" 2>/dev/null; }
+
+# attended COMMAND...: run a command in the background, `pass_on` a SIGTERM, and
+# set CODE to what it ends with.
 attended() {
   local child='' told=false
-  trap 'told=true; [[ -z $child ]] || kill -TERM "$child" 2>/dev/null || true' TERM
+  trap 'told=true; [[ -z $child ]] || pass_on "$child" || true' TERM
   "$@" &
   child=$!
   if $told; then
-    kill -TERM "$child"
+    pass_on "$child" || true
   fi
   told=true
   while $told; do  # A signal ends `wait`; it remembers the code of a child.
