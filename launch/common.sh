@@ -40,15 +40,19 @@ run() {
   "$@"
 }
 
-# attended COMMAND...: run a command in the background, pass SIGTERM on to it,
-# and set CODE to what it ends with.
+# pass_on PROCESS: what `attended` does at a SIGTERM, unless a script says
+# otherwise.
+pass_on() { kill -TERM "$1" 2>/dev/null; }
+
+# attended COMMAND...: run a command in the background, `pass_on` a SIGTERM, and
+# set CODE to what it ends with.
 attended() {
   local child='' told=false
-  trap 'told=true; [[ -z $child ]] || kill -TERM "$child" 2>/dev/null || true' TERM
+  trap 'told=true; [[ -z $child ]] || pass_on "$child" || true' TERM
   "$@" &
   child=$!
   if $told; then
-    kill -TERM "$child"
+    pass_on "$child" || true
   fi
   told=true
   while $told; do  # A signal ends `wait`; it remembers the code of a child.
@@ -151,7 +155,7 @@ make_venv() {
 # ensure_venv EXTRA: one of setup.py's, or ''; $EXTRAS ('cuda13,tensorboard')
 # adds to it. One launcher at a time: others wait until .venv is complete.
 ensure_venv() {
-  local extras=$1
+  local extras=$1 locked=0
   extras=${extras}${extras:+${EXTRAS:+,}}${EXTRAS:-}
   if [[ -n $GIVEN_PYTHON ]]; then
     return
@@ -160,9 +164,11 @@ ensure_venv() {
     say "Would install ${ROOT}${extras:+[$extras]} into $VENV, if it is not there"
     return
   fi
-  if command -v flock >/dev/null && [[ -w $ROOT ]]; then  # macOS has none.
-    exec 9>"$VENV.lock"
-    if ! flock -n 9; then
+  # macOS has no flock. Where others own the file, a complete .venv will do.
+  if command -v flock >/dev/null && { exec 9>"$VENV.lock"; } 2>/dev/null; then
+    # Codes above 1: the file system has no locks (Lustre without -o flock).
+    flock -n 9 2>/dev/null || locked=$?
+    if ((locked == 1)); then
       say "Another launcher is installing into $VENV: waiting for it"
       flock 9
     fi

@@ -23,7 +23,7 @@ import subprocess
 import sys
 import threading
 import time
-from typing import IO
+from typing import IO, TextIO
 
 # What training exits with when the same command should be run again: stopped
 # with a checkpoint (EX_TEMPFAIL of sysexits.h), or ended by the watchdog.
@@ -77,7 +77,7 @@ def share(gpus: str, index: int, count: int) -> dict[str, str]:
 
 
 def say(text: str) -> None:
-  print(f'== {text}', file=sys.stderr, flush=True)
+  _write(sys.stderr, f'== {text}\n'.encode())
 
 
 class Group:
@@ -86,10 +86,10 @@ class Group:
   def __init__(self, args: argparse.Namespace):
     self._args = args
     self._processes: list[subprocess.Popen[bytes]] = []
+    self._untold: list[subprocess.Popen[bytes]] = []  # No SIGTERM sent yet.
     self._threads: list[threading.Thread] = []
     self._ended: queue.Queue[tuple[int, int]] = queue.Queue()
     self._output = threading.Lock()
-    self._told = False  # SIGTERM has been sent.
 
   def start(self) -> None:
     count = self._args.processes
@@ -106,16 +106,17 @@ class Group:
           process_group=0,
       )
       self._processes.append(process)
+      self._untold.append(process)
       self._run(self._wait, index, process)
       if process.stdout is not None:
         self._run(self._copy, index, process.stdout)
 
   def terminate(self) -> None:
     """SIGTERM to all that run, once: a second one may mean something else."""
-    if not self._told:
-      self._told = True
-      for process in self._processes:
-        process.send_signal(signal.SIGTERM)
+    # Taken out one by one: a signal may come and do the same in between.
+    with contextlib.suppress(IndexError):
+      while True:
+        self._untold.pop().send_signal(signal.SIGTERM)
 
   def kill(self) -> None:
     for process in self._processes:
@@ -164,9 +165,17 @@ class Group:
   def _copy(self, index: int, lines: IO[bytes]) -> None:
     prefix = f'[{index}] '.encode()
     for line in lines:
-      with self._output, contextlib.suppress(BrokenPipeError):
-        sys.stdout.buffer.write(prefix + line.rstrip(b'\n') + b'\n')
-        sys.stdout.buffer.flush()
+      with self._output:
+        _write(sys.stdout, prefix + line.rstrip(b'\n') + b'\n')
+
+
+def _write(file: TextIO, line: bytes) -> None:
+  """Writes `line` or loses it: a full disk must not stop those who train.
+
+  Unbuffered, since a buffer would fail again at exit and change the code.
+  """
+  with contextlib.suppress(OSError):
+    os.write(file.fileno(), line)
 
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:

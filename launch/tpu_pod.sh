@@ -19,7 +19,9 @@ Trains on a TPU slice (TPU VMs of Google Cloud), through gcloud.
   stop      SIGTERM: training saves a checkpoint and ends
   delete    give the slice back
   all       create, install, start, wait, logs, delete; a slice that was taken
-            away is asked for again, up to --restarts
+            away is asked for again, up to --restarts. However it ends, the slice
+            is given back: interrupted (Ctrl-C, a closed terminal), after a
+            checkpoint
 
   bash launch/tpu_pod.sh all --project=my-project --zone=us-east5-b --name=phi2 \
       --type=v6e-16 --spot --restarts=50 configs/phi2.py -- \
@@ -39,13 +41,14 @@ Trains on a TPU slice (TPU VMs of Google Cloud), through gcloud.
   --restarts=N      how often `wait` and `all` start again (default: 10)
   --poll=SECONDS    between two looks (default: 60)
   --logs=DIR        where `logs` puts them (default: runs/tpu_logs/NAME)
-  --keep            `all` leaves the slice
+  --keep            `all` leaves the slice, and training if it is interrupted
   --dry-run         print what would run
 
 A slice of several hosts needs a run folder that all of them see: gs://. Data are
 read from a disk of each host, which --setup can fill or mount. Relative paths are
 in the copied tree.
-`wait` and `all` exit with 0, or with the code of the host that failed.
+`wait` and `all` exit with 0, or with the code of the host that failed; with 75 or
+76 when training asks to be started again, but --restarts are used up.
 TEXT
 }
 
@@ -135,6 +138,38 @@ logs=${logs:-runs/tpu_logs/$name}
 tpus=(gcloud compute tpus)
 where=(--project="$project" --zone="$zone")
 
+tree=  # A temporary folder.
+stage=  # Of `all`: asking (for a slice), asked, training, ended.
+
+# leave: whatever ends this script, remove the folder and finish `all`.
+leave() {
+  local code=$?
+  # Another Ctrl-C ends one command of what follows; PIPE: `| tee` is gone.
+  trap : INT TERM HUP PIPE
+  trap - EXIT
+  set +e
+  [[ -z $tree ]] || rm -rf -- "$tree"
+  if [[ $command == all && $stage == asking ]]; then
+    say "Is $name there? It may be that of another call: not deleted" >&2
+  elif [[ $command == all && -n $stage ]]; then
+    if [[ $stage == training ]] && ! $keep; then
+      on_all stop || say 'Training could not be stopped' >&2
+    fi
+    if [[ $stage != asked ]]; then
+      fetch_logs || say 'The logs could not be fetched' >&2
+    fi
+    if ! $keep && ! delete; then
+      say "$name could not be given back and may cost: delete it" >&2
+      ((code)) || code=1
+    fi
+  fi
+  exit "$code"
+}
+trap leave EXIT
+trap 'exit 129' HUP
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
 # on_all COMMAND...: run a command of tpu_worker.sh on every host.
 on_all() {
   local remote
@@ -146,15 +181,18 @@ on_all() {
 create() {
   [[ -n $type ]] || die 'create needs --type, such as v6e-16'
   [[ -n $runtime ]] || die "--type=$type: give its --runtime, too"
+  stage=${stage:-asking}
   if [[ $request == vm ]]; then
     run "${tpus[@]}" tpu-vm create "$name" "${where[@]}" \
       --accelerator-type="$type" --version="$runtime" \
       ${create_flags[@]+"${create_flags[@]}"}
+    stage=asked
     return
   fi
   run "${tpus[@]}" queued-resources create "$name" "${where[@]}" \
     --node-id="$name" --accelerator-type="$type" --runtime-version="$runtime" \
     ${create_flags[@]+"${create_flags[@]}"}
+  stage=asked
   local describe=("${tpus[@]}" queued-resources describe "$name" "${where[@]}"
     '--format=value(state.state)')
   if $DRY_RUN; then
@@ -175,10 +213,7 @@ create() {
 }
 
 install_all() {
-  local tree
   tree=$(mktemp -d)
-  # shellcheck disable=SC2064  # Its value now.
-  trap "rm -rf -- '$tree'" EXIT
   run tar -C "$ROOT" -czf "$tree/moellava_jax.tgz" --exclude=__pycache__ \
     moellava_jax configs launch setup.py pyproject.toml README.md LICENSE \
     requirements-3.11.lock requirements-3.12.lock requirements-3.13.lock
@@ -194,40 +229,41 @@ install_all() {
 }
 
 start_all() {
+  stage=training
   on_all start "$config" --xla-flags="$xla_flags" \
     -- ${flags[@]+"${flags[@]}"}
 }
 
 # verdict STATES: of lines 'HOST running', 'HOST exit CODE', ... print running,
-# ending (some failed, some still run), done, resume or 'failed CODE'.
+# ending (some failed, some still run), done, 'resume CODE' or 'failed CODE'.
 verdict() {
-  local now code running=0 resume=0 failed='' lost=''
+  local now code running=0 resume='' failed='' lost=''
   while read -r _ now code; do
     case $now in
       running) running=$((running + 1)) ;;
       exit)
         case $code in
           0) ;;
-          75 | 76) resume=$((resume + 1)) ;;
+          75 | 76) resume=${resume:-$code} ;;
           # What the loss of a host does to the others.
           1[3-9][0-9] | 129) lost=${lost:-$code} ;;
           *) failed=${failed:-$code} ;;
         esac
         ;;
-      lost) resume=$((resume + 1)) ;;  # The host was started again.
+      lost) resume=${resume:-1} ;;  # The host was started again.
       *) failed=${failed:-1} ;;
     esac
   done <<<"$1"
   if ((running)); then
-    if [[ -n $failed$lost ]] || ((resume)); then
+    if [[ -n $failed$lost$resume ]]; then
       printf ending
     else
       printf running
     fi
   elif [[ -n $failed ]]; then
     printf 'failed %s' "$failed"
-  elif ((resume)); then
-    printf resume
+  elif [[ -n $resume ]]; then
+    printf 'resume %s' "$resume"
   elif [[ -n $lost ]]; then
     printf 'failed %s' "$lost"
   else
@@ -235,7 +271,8 @@ verdict() {
   fi
 }
 
-# follow: set VERDICT to done, resume, 'failed CODE' or gone (no slice any more).
+# follow: set VERDICT to done, 'resume CODE', 'failed CODE' or gone (no slice any
+# more).
 follow() {
   local answer states misses=0
   while :; do
@@ -285,7 +322,12 @@ wait_all() {
         return
         ;;
     esac
-    ((left)) || die "$name: $VERDICT, but --restarts=$restarts are used up"
+    if ((left == 0)); then
+      say "$name: --restarts=$restarts are used up" >&2
+      CODE=1
+      [[ $VERDICT == gone ]] || CODE=${VERDICT#* }
+      return
+    fi
     left=$((left - 1))
     if [[ $VERDICT == gone ]]; then
       $renew || die "$name is not READY any more; 'all' asks for a new one"
@@ -339,8 +381,7 @@ case $command in
     install_all
     start_all
     wait_all true
-    fetch_logs || say 'The logs could not be fetched' >&2
-    $keep || delete
+    stage=ended
     exit "$CODE"
     ;;
 esac

@@ -4,6 +4,7 @@
 import fnmatch
 import json
 import re
+import shlex
 
 import pytest
 
@@ -71,6 +72,21 @@ def test_the_user_is_not_root_and_starts_training(name):
       '-m',
       'moellava_jax.train.main',
   ]
+
+
+@pytest.mark.parametrize('name', FILES)
+def test_the_run_folder_is_that_of_the_user_who_calls_docker(name):
+  lines = re.findall(r'^#   (.*)$', (shell.LAUNCH / name).read_text(), re.M)
+  commands = shlex.split('\n'.join(lines).replace('\\\n', ''))
+  run = commands[commands.index('run') :]
+  mount = run[run.index('-v') + 1]
+  assert mount == '$PWD/runs:/app/runs'
+  # A folder that Docker makes is root's.
+  assert commands.index('mkdir') < len(commands) - len(run)
+  assert commands[commands.index('mkdir') + 1 :][:2] == ['-p', 'runs']
+  assert run[run.index('--user') + 1] == '$(id -u):$(id -g)'
+  # Without an entry in passwd the home would be /, which is not theirs.
+  assert run[run.index('-e') + 1] == 'HOME=/tmp'
 
 
 @pytest.mark.parametrize('name', FILES)

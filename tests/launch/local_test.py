@@ -130,6 +130,57 @@ def test_signals_reach_all_and_end_the_restarts(tmp_path, number):
   assert process.returncode == 75
 
 
+# Tells itself to end when the last process is there, but is not known yet.
+_INTERRUPTED = """
+import os, signal, subprocess, sys
+from launch import supervise
+
+class Popen(subprocess.Popen):
+  def __init__(self, command, **kwargs):
+    super().__init__(command, **kwargs)
+    if command[-1] == '--process_id=1':
+      os.kill(os.getpid(), signal.SIGTERM)
+
+subprocess.Popen = Popen
+sys.exit(supervise.main(sys.argv[1:]))
+"""
+
+
+def test_a_signal_while_they_are_started_reaches_all():
+  pause = [sys.executable, '-c', 'import signal; signal.pause()']
+  done = subprocess.run(
+      [sys.executable, '-c', _INTERRUPTED, '--processes=2', '--grace=5']
+      + ['--', *pause],
+      cwd=shell.ROOT,
+      timeout=60,
+      capture_output=True,
+      text=True,
+      check=False,
+  )
+  assert done.returncode == 128 + signal.SIGTERM, done.stderr
+  assert 'passed on as SIGTERM' in done.stderr
+  assert 'killed' not in done.stderr
+
+
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='Linux has it')
+def test_training_goes_on_where_its_output_cannot_be_written(tmp_path):
+  # More than a pipe holds.
+  plan: dict[int, str] = dict.fromkeys(
+      (0, 1), "print('x\\n' * 100_000); sys.exit(75)"
+  )
+  with open('/dev/full', 'w') as full:
+    done = subprocess.run(
+        ['bash', str(shell.LAUNCH / 'local.sh'), CONFIG, '--processes=2'],
+        env=shell.environment(tmp_path, plan),
+        cwd=shell.ROOT,
+        timeout=30,
+        stdout=full,
+        stderr=full,
+        check=False,
+    )
+  assert done.returncode == 75
+
+
 @pytest.mark.parametrize(
     ('codes', 'restarts', 'expected', 'runs'),
     [

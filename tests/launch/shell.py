@@ -93,9 +93,7 @@ def tools(folder: pathlib.Path) -> pathlib.Path:
   """A folder with links to harmless tools: no cloud is ever called."""
   links = folder / 'tools'
   links.mkdir(exist_ok=True)
-  names = (
-      'bash grep cat chmod cksum date dirname env head ls mkdir mktemp mv rm'
-  )
+  names = 'bash grep cat chmod cksum date dirname env flock head ls mkdir mktemp mv rm'
   names += ' rmdir sed setsid sleep sort tail tar touch tr uname true hostname'
   for name in names.split():
     for place in ('/usr/bin', '/bin'):

@@ -15,8 +15,8 @@ from tests.launch import shell
 SCRIPT = shell.LAUNCH / 'slurm.sbatch'
 CONFIG = 'configs/shapes.py:smoke'
 
-# Starts two tasks as SLURM does: signals reach all processes of all tasks, and
-# the highest code is returned.
+# Starts two tasks as SLURM does. A SIGTERM to srun kills them; the highest code
+# is returned.
 _SRUN = """
 import os, signal, subprocess, sys
 
@@ -24,16 +24,27 @@ command = sys.argv[1:]
 while command[0].startswith('--'):
   command.pop(0)
 tasks = []
-def forward(number, frame):
+def terminate(number, frame):
   for task in tasks:
-    os.killpg(task.pid, number)
-signal.signal(signal.SIGTERM, forward)
+    os.killpg(task.pid, signal.SIGKILL)
+signal.signal(signal.SIGTERM, terminate)
+enter = 'echo $$ >>"${ATTEMPTS}tasks"; exec "$@"'
 for rank in (0, 1):
   env = os.environ | {'SLURM_PROCID': str(rank)}
   words = [*command, f'--process_id={rank}']  # For the stand-in only.
+  words = ['bash', '-c', enter, 'task', *words]
   tasks.append(subprocess.Popen(words, env=env, start_new_session=True))
 codes = [task.wait() for task in tasks]
 sys.exit(max(128 - code if code < 0 else code for code in codes))
+"""
+
+
+# Without --batch or --full the signal goes to the tasks, not to the script.
+_SCANCEL = """#!/usr/bin/env bash
+[[ $* == '--signal=TERM 77' ]] || exit 1
+while read -r task; do
+  kill -TERM -- "-$task"
+done <"${ATTEMPTS}tasks"
 """
 
 
@@ -47,6 +58,7 @@ def _cluster(folder: pathlib.Path, plan: dict[int, str]) -> dict[str, str]:
       folder / 'scontrol',
       f'#!/usr/bin/env bash\nprintf "%s\\n" "$*" >>{folder}/scontrol.log\n',
   )
+  shell.executable(folder / 'scancel', _SCANCEL)
   return shell.environment(folder, plan) | {
       'SLURM_JOB_ID': '77',
       'SLURM_SUBMIT_DIR': str(folder),
@@ -91,7 +103,8 @@ def test_requeues_come_to_an_end(tmp_path):
   assert not _requeued(tmp_path)
 
 
-def test_sigterm_to_the_script_reaches_training_and_it_is_requeued(tmp_path):
+@pytest.mark.parametrize('to', ['the tasks', 'the script'])
+def test_at_sigterm_training_saves_and_the_job_is_requeued(tmp_path, to):
   env = _cluster(
       tmp_path, dict.fromkeys((0, 1), 'end_on_term(75); signal.pause()')
   )
@@ -109,7 +122,11 @@ def test_sigterm_to_the_script_reaches_training_and_it_is_requeued(tmp_path):
       ready += line == 'ready\n'
       if ready == 2:
         break
-    process.send_signal(signal.SIGTERM)
+    if to == 'the tasks':  # By SLURM, or by the user.
+      scancel = [str(tmp_path / 'scancel'), '--signal=TERM', '77']
+      subprocess.run(scancel, env=env, check=True)
+    else:
+      process.send_signal(signal.SIGTERM)
     rest, errors = process.communicate(timeout=30)
   assert rest.count('got SIGTERM') == 2, rest + errors
   assert process.returncode == 75
@@ -133,7 +150,7 @@ def test_options_for_sbatch():
   options = dict(
       x.lstrip('-').split('=') if '=' in x else (x[2:], '') for x in lines
   )
-  assert options['signal'] == 'B:TERM@120'
+  assert options['signal'] == 'TERM@120'  # With B: to the script alone.
   assert options['ntasks-per-node'] == options['gpus-per-node']
   assert 'requeue' in options and options['open-mode'] == 'append'
 

@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """tpu_pod.sh on a slice whose hosts are folders of this machine."""
 
+import os
 import pathlib
+import select
 import shlex
+import signal
+import subprocess
 import sys
 
 import pytest
@@ -26,6 +30,8 @@ flags = dict(w.split('=', 1) for w in words if w.startswith('--') and '=' in w)
 hosts = [root / f'host-{i}' for i in range(2)]
 there = root / 'there'
 if 'create' in words:
+  if there.exists():
+    sys.exit('ALREADY_EXISTS')
   there.write_text('0')
   for host in hosts:
     if (host / '.moellava' / 'pid').exists():  # Hosts end with their processes.
@@ -111,6 +117,7 @@ def _by_host(*codes: list[int]) -> str:
         (([0], [0]), 0, 1),
         (([75, 76, 0], [75, 134, 0]), 0, 3),
         (([1], [134]), 1, 1),
+        (([75, 75, 76], [75, 75, 134]), 76, 3),  # The restarts are used up.
     ],
 )
 def test_all(tmp_path, codes, expected, attempts):
@@ -120,6 +127,7 @@ def test_all(tmp_path, codes, expected, attempts):
       'all',
       *SLICE,
       '--type=v6e-8',
+      '--restarts=2',
       f'--logs={tmp_path}/logs',
       '--setup=pwd >data; echo "its data" >>data',
       CONFIG,
@@ -137,6 +145,52 @@ def test_all(tmp_path, codes, expected, attempts):
     assert log.count('hello') == attempts
   assert not (tmp_path / 'there').exists()  # Given back.
   assert 'python install 3.11' in (tmp_path / 'uv.log').read_text()
+
+
+@pytest.mark.parametrize('keep', [False, True])
+def test_a_slice_on_which_all_fails_is_given_back(tmp_path, keep):
+  env = _cloud(tmp_path, 'pass')
+  args = ('all', *SLICE, '--type=v6e-8', '--setup=exit 3', CONFIG)
+  done = shell.run('tpu_pod.sh', *args, *['--keep'] * keep, env=env)
+  assert done.returncode == 1, done.stdout + done.stderr
+  assert (tmp_path / 'there').exists() == keep
+  if keep:  # That of another call is not ours to give back.
+    again = shell.run('tpu_pod.sh', *args, env=env)
+    assert again.returncode == 1 and 'not deleted' in again.stderr
+    assert (tmp_path / 'there').exists()
+
+
+@pytest.mark.parametrize('keep', [False, True])
+def test_interrupted_it_saves_and_gives_the_slice_back(tmp_path, keep):
+  fifo = tmp_path / 'listening'
+  os.mkfifo(fifo)
+  end = os.open(fifo, os.O_RDWR | os.O_NONBLOCK)
+  listening = f"open({str(fifo)!r}, 'w').write('.'); signal.pause()"
+  env = _cloud(tmp_path, f'end_on_term(75); {listening}')
+  with subprocess.Popen(
+      ['bash', str(shell.LAUNCH / 'tpu_pod.sh'), 'all', *SLICE, '--poll=1']
+      + ['--type=v6e-8', f'--logs={tmp_path}/logs', CONFIG]
+      + ['--keep'] * keep,
+      env=env,
+      stdout=subprocess.DEVNULL,
+      stderr=subprocess.PIPE,
+      start_new_session=True,
+      text=True,
+  ) as process:
+    heard = b''
+    while len(heard) < HOSTS:
+      assert select.select([end], [], [], 60)[0], 'training does not start'
+      heard += os.read(end, HOSTS)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+  os.close(end)
+  assert process.returncode == 143, errors
+  for host in range(HOSTS):
+    log = (tmp_path / 'logs' / f'worker_{host}.log').read_text()
+    assert ('got SIGTERM' in log) != keep
+  assert (tmp_path / 'there').exists() == keep
+  if keep:
+    shell.run('tpu_pod.sh', 'stop', *SLICE, env=env)
 
 
 def test_a_slice_that_was_taken_away_is_asked_for_again(tmp_path):
