@@ -168,8 +168,11 @@ def _open_file(path: epath.Path) -> Weights:
 
 def _open_safetensors(path: epath.Path) -> Weights:
   """The header is checked against the file; tensors are read when asked."""
-  size = path.stat().length
   with path.open('rb') as file:
+    # Not path.stat(), which asks for the owner's name; in a container he may
+    # have none.
+    size = file.seek(0, 2)
+    file.seek(0)
     start = file.read(8)
     length = struct.unpack('<Q', start)[0] if len(start) == 8 else -1
     if not 0 < length <= size - 8:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import builtins
 import json
+import pwd
 
 import ml_dtypes
 import numpy as np
@@ -46,6 +47,17 @@ def test_files_of_others_are_read(tmp_path):
   weights = files.open_weights(str(tmp_path / 'x.safetensors'))
   for name, array in arrays.items():
     np.testing.assert_array_equal(weights.read(name), array)
+
+
+def test_the_owner_of_a_file_needs_no_name(tmp_path, monkeypatch):
+  def nobody(uid):
+    raise KeyError(f'getpwuid(): uid not found: {uid}')
+
+  kernel_DF = np.ones((2, 3), np.float32)
+  safetensors.numpy.save_file({'a': kernel_DF}, tmp_path / 'x.safetensors')
+  monkeypatch.setattr(pwd, 'getpwuid', nobody)  # In a container, say.
+  opened = files.open_weights(str(tmp_path / 'x.safetensors'))
+  np.testing.assert_array_equal(opened.read('a'), kernel_DF)
 
 
 def test_shards_hold_what_fits_and_an_index(tmp_path):
