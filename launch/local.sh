@@ -123,6 +123,7 @@ else
   if $DRY_RUN; then
     show export "NPROC=$NPROC"
   fi
+  huge_pages
 fi
 
 ensure_venv ''

@@ -79,6 +79,7 @@ if $smoke; then  # So few steps that almost all of the time is compiling.
   export XLA_FLAGS="--xla_backend_optimization_level=0 ${XLA_FLAGS:-}"
   settings+=(--config.model.llm.depth=2 --config.model.vision.depth=2)
 fi
+huge_pages
 export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}
 export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
 

@@ -88,6 +88,7 @@ def environment() -> dict[str, Any]:
       'versions': {name: metadata.version(name) for name in PACKAGES},
       'device': f'{jax.device_count()} x {device.device_kind}',
       'cores': os.cpu_count(),
+      'glibc_tunables': os.environ.get('GLIBC_TUNABLES'),
       'matmul_precision': jax.config.values['jax_default_matmul_precision'],
   }
 

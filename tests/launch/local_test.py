@@ -55,13 +55,13 @@ def test_one_process_is_run_as_it_is(tmp_path):
 
 
 def test_cpu_runs_have_threads_enough_and_the_devices_asked_for(tmp_path):
-  names = "'NPROC', 'JAX_PLATFORMS', 'XLA_FLAGS'"
+  names = "'NPROC', 'GLIBC_TUNABLES', 'JAX_PLATFORMS', 'XLA_FLAGS'"
   plan = {0: f'print(*(os.environ.get(x) for x in ({names})), sep="|")'}
   env = shell.environment(tmp_path, plan) | {
       'XLA_FLAGS': '--xla_force_host_platform_device_count=8 --xla_cpu_x=1'
   }
   done = shell.run('local.sh', CONFIG, '--cpu-devices=4', env=env)
-  assert done.stdout == '32|cpu|--xla_cpu_x=1\n'
+  assert done.stdout == '32|glibc.malloc.hugetlb=1|cpu|--xla_cpu_x=1\n'
 
 
 def test_a_config_is_found_from_another_folder(tmp_path):
