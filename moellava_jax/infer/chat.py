@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from PIL import Image
 
 from moellava_jax import backbones, checkpoint, config, sharding, trees
 from moellava_jax.data import images, templates
@@ -61,25 +62,35 @@ class Chat(NamedTuple):
       )
     vision = self.model.cfg.vision
     count_L = np.where(ids_L == config.IMAGE_TOKEN, vision.num_tokens, 1)
-    pixels = [self._pixels(image) for image in shown]
+    pixels = [np.asarray(self.shrink(image)) for image in shown]
     size = vision.image_size
     return generate_lib.Prompt(
         np.repeat(ids_L, count_L),
         np.array(pixels, np.uint8).reshape(-1, size, size, 3),
     )
 
-  def _pixels(self, image: requests_lib.Picture) -> np.ndarray:
+  def shrink(self, image: requests_lib.Picture) -> Image.Image:
+    """What the model sees of an image; to shrink that again changes nothing.
+
+    For those who hold many images: this one may be asked about instead.
+
+    Raises:
+      ImageError: it cannot be read, or is far too long or thin.
+    """
     if isinstance(image, (str, os.PathLike)):
       image = images.load(image)
+    if image.mode != 'RGB':  # A copy of a large one may be too much.
+      image = image.convert('RGB')
     vision = self.model.cfg.vision
-    return images.preprocess(
-        image.convert('RGB'),
+    pixels_HWC = images.preprocess(
+        image,
         vision.image_size,
         _asked(self.config, self.stage).image_aspect
         or self.config.data.image_aspect,
         vision.resize,
         vision.mean,
     )
+    return Image.fromarray(pixels_HWC)
 
   def check_positions(self, positions: int, what: str) -> None:
     """Raises UserError if `what` takes more positions than the model has."""

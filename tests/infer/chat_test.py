@@ -14,6 +14,7 @@ from moellava_jax import config, sharding
 from moellava_jax.data import templates
 from moellava_jax.infer import chat as chat_lib
 from moellava_jax.infer import generate, requests, sampling, verify
+from moellava_jax.model import llava
 from tests import tiny
 
 RED = Image.new('RGB', (9, 7), 'red')
@@ -208,6 +209,32 @@ def test_a_conversation_that_is_too_long_is_refused_before_it_is_asked(chat):
   for options in ({}, {'stream': True}):
     with pytest.raises(config.UserError, match=message):
       short.chat(RED, QUESTION, max_new_tokens=9, **options)
+
+
+@pytest.mark.parametrize('aspect', ['pad', 'square'])
+@pytest.mark.parametrize('resize', ['short_edge', 'exact'])
+def test_a_shrunk_image_is_asked_about_as_the_whole(chat, aspect, resize):
+  model = chat.model.cfg
+  model = dataclasses.replace(
+      model, vision=dataclasses.replace(model.vision, resize=resize)
+  )
+  stage = dataclasses.replace(
+      chat.config.stage(chat.stage), image_aspect=aspect
+  )
+  chat = chat._replace(
+      model=llava.Llava(model),
+      config=dataclasses.replace(chat.config, **{chat.stage: stage}),
+  )
+  noise = np.random.default_rng(0).integers(0, 256, (50, 170, 4), np.uint8)
+  for mode in ('RGB', 'RGBA', 'L', 'P'):
+    image = Image.fromarray(noise).convert(mode)
+    small = chat.shrink(image)
+    assert small.size == (model.vision.image_size,) * 2
+    whole, again = (
+        chat.encode(requests.conversation(one, QUESTION, ()))
+        for one in (image, small)
+    )
+    np.testing.assert_array_equal(again.images_IHWC, whole.images_IHWC)
 
 
 def test_a_dense_model_has_no_trace(dense_dir):
