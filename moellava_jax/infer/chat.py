@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from PIL import Image
 
 from moellava_jax import backbones, checkpoint, config, sharding, trees
 from moellava_jax.data import images, templates
@@ -50,7 +51,7 @@ class Chat(NamedTuple):
         must be readable.
     """
     tokens_L = self._tokens(request)
-    pixels = [self._pixels(image) for image in request.images]
+    pixels = [np.asarray(self.shrink(image)) for image in request.images]
     size = self.model.cfg.vision.image_size
     return generate_lib.Prompt(
         tokens_L, np.array(pixels, np.uint8).reshape(-1, size, size, 3)
@@ -77,17 +78,27 @@ class Chat(NamedTuple):
     patches = self.model.cfg.vision.num_tokens
     return np.repeat(ids_L, np.where(ids_L == config.IMAGE_TOKEN, patches, 1))
 
-  def _pixels(self, image: requests_lib.Picture) -> np.ndarray:
+  def shrink(self, image: requests_lib.Picture) -> Image.Image:
+    """What the model sees of an image; to shrink that again changes nothing.
+
+    For those who hold many images: this one may be asked about instead.
+
+    Raises:
+      ImageError: it cannot be read, or is far too long or thin.
+    """
     if isinstance(image, (str, os.PathLike)):
       image = images.load(image)
+    if image.mode != 'RGB':  # A copy of a large one may be too much.
+      image = image.convert('RGB')
     vision = self.model.cfg.vision
-    return images.preprocess(
-        image.convert('RGB'),
+    pixels_HWC = images.preprocess(
+        image,
         vision.image_size,
         self.image_aspect,
         vision.resize,
         vision.mean,
     )
+    return Image.fromarray(pixels_HWC)
 
   def check_positions(self, positions: int, what: str) -> None:
     """Raises UserError if `what` takes more positions than the model has."""

@@ -35,7 +35,7 @@ from moellava_jax.serve import (
 from moellava_jax.serve import app as app_lib
 
 _CONTEXT = 4096
-_REMOTE_SECONDS = 10.0
+_REMOTE_SECONDS = 10.0  # For all images of a request.
 _BODY_SECONDS = 60.0
 _MB = 1 << 20
 _WARM_UP_TEXT = 256  # Positions beside the images.
@@ -158,9 +158,9 @@ def _context(options: Options, chat: chat_lib.Chat) -> int:
 
 
 def _limits(options: Options, chat: chat_lib.Chat) -> media.Limits:
-  fetch = None
+  fetcher = None
   if options.allow_remote_images:
-    fetch = remote.fetcher(_REMOTE_SECONDS)
+    fetcher = functools.partial(remote.fetcher, _REMOTE_SECONDS)
   if options.image_root is not None and not os.path.isdir(options.image_root):
     raise config.UserError(
         f'--image_root={options.image_root!r}: expected a directory.'
@@ -170,7 +170,7 @@ def _limits(options: Options, chat: chat_lib.Chat) -> media.Limits:
       options.max_body_mb * _MB,
       _pads(chat),
       options.image_root,
-      fetch,
+      fetcher,
   )
 
 

@@ -6,17 +6,27 @@ from collections.abc import Callable
 from concurrent import futures
 import math
 import time
-from typing import Any
+from typing import Any, TypeVar
 
 from absl import logging
 from starlette import applications, exceptions, requests, responses, routing
 from starlette.types import Message, Receive, Scope, Send
 
-from moellava_jax.serve import admission, metrics, prepare, scheduler
+from moellava_jax.serve import (
+    admission,
+    media,
+    metrics,
+    prepare,
+    scheduler,
+    schema,
+)
 from moellava_jax.serve import responses as objects
 from moellava_jax.serve.errors import ApiError
 
 _CLIENT_GONE = 499  # As nginx counts it; nobody reads it.
+_FETCHING = 8  # Requests whose images are fetched at a time.
+
+_Result = TypeVar('_Result')
 
 
 class Api:
@@ -27,7 +37,7 @@ class Api:
       *,
       name: str,
       fingerprint: str,
-      preparer: Callable[[bytes], prepare.Prepared],
+      preparer: prepare.Preparer,
       engine: scheduler.Scheduler,
       gate: admission.Gate,
       door: admission.Door,
@@ -40,20 +50,23 @@ class Api:
     Args:
       name: of the model.
       fingerprint: of its weights.
-      preparer: body -> prompt, called by several threads.
+      preparer: body -> prompt, in several threads.
       engine: answers prompts.
       gate: bounds sizes and numbers.
       door: knows keys and hosts.
       counts: what /metrics shows.
-      workers: threads that decode images and tokenise.
+      workers: threads that read texts, and as many that decode images.
       body_seconds: in which a body has to arrive.
     """
     self._name, self._fingerprint = name, fingerprint
-    self._prepare, self._scheduler = preparer, engine
+    self._preparer, self._scheduler = preparer, engine
     self._gate, self._door, self._counts = gate, door, counts
     self._body_seconds = body_seconds
     self._created = int(time.time())
-    self._pool = futures.ThreadPoolExecutor(workers, 'prepare')
+    # Apart, so that nobody waits behind those who take longer.
+    self._texts = futures.ThreadPoolExecutor(workers, 'texts')
+    self._images = futures.ThreadPoolExecutor(workers, 'images')
+    self._remote = futures.ThreadPoolExecutor(_FETCHING, 'remote')
     counts.watch('requests_waiting', 'For a slot.', lambda: engine.waiting)
     counts.watch('requests_running', 'In a slot.', lambda: engine.running)
     counts.watch('requests_inside', 'In all.', lambda: gate.inside)
@@ -77,7 +90,8 @@ class Api:
 
   def close(self) -> None:
     """Ends the threads that prepare."""
-    self._pool.shutdown(wait=False, cancel_futures=True)
+    for pool in (self._texts, self._images, self._remote):
+      pool.shutdown(wait=False, cancel_futures=True)
 
   async def _health(self, request: requests.Request) -> responses.Response:
     self._door.check_host(request)
@@ -137,7 +151,9 @@ class Api:
         raise
       gone = asyncio.create_task(_disconnected(request.receive))
       try:
-        await self._answer(data, gone, send)
+        preparing = self._prepared(data, gone)
+        del data  # It may be large, and answering takes long.
+        await self._answer(await preparing, gone, send)
       finally:
         gone.cancel()
     except requests.ClientDisconnect:
@@ -146,14 +162,31 @@ class Api:
     finally:
       self._gate.leave()
 
-  async def _answer(
-      self, data: bytes, gone: asyncio.Task[None], send: Send
-  ) -> None:
+  async def _prepared(
+      self, data: bytes, gone: asyncio.Task[None]
+  ) -> prepare.Prepared:
+    """The prompt of a body, whose length is given back to the gate."""
     size = len(data)
-    future = self._pool.submit(self._prepare, data)
+    work = self._texts.submit(self._preparer.parse, data)
     del data
-    future.add_done_callback(lambda _: self._gate.release(size))
-    prepared = await _unless(gone, asyncio.wrap_future(future))
+    try:
+      request = await _unless(gone, asyncio.wrap_future(work))
+      pool = self._pool(request)
+      work = pool.submit(self._preparer.prepare, request)
+      del request
+      return await _unless(gone, asyncio.wrap_future(work))
+    finally:
+      # A thread may be at it still, for a client that has gone.
+      work.add_done_callback(lambda _: self._gate.release(size))
+
+  def _pool(self, request: schema.ChatRequest) -> futures.Executor:
+    if any(media.is_remote(image.url) for image in request.images):
+      return self._remote
+    return self._images if request.images else self._texts
+
+  async def _answer(
+      self, prepared: prepare.Prepared, gone: asyncio.Task[None], send: Send
+  ) -> None:
     pieces: asyncio.Queue[scheduler.Piece] = asyncio.Queue()
     loop = asyncio.get_running_loop()
     try:
@@ -227,8 +260,8 @@ async def _disconnected(receive: Receive) -> None:
 
 
 async def _unless(
-    gone: asyncio.Task[None], work: asyncio.Future[prepare.Prepared]
-) -> prepare.Prepared:
+    gone: asyncio.Task[None], work: asyncio.Future[_Result]
+) -> _Result:
   """The result of `work`, or ClientDisconnect if the client goes first."""
   try:
     await asyncio.wait({gone, work}, return_when=asyncio.FIRST_COMPLETED)

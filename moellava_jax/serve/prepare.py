@@ -24,7 +24,7 @@ class Prepared(NamedTuple):
 
 
 class Preparer:
-  """Reads bodies for one model; thread-safe."""
+  """Reads bodies for one model: `parse`, then `prepare`; thread-safe."""
 
   def __init__(
       self,
@@ -45,13 +45,14 @@ class Preparer:
       limits: of an image.
     """
     self._chat, self._name, self._context = chat, name, context
-    self._max_images, self._limits = max_images, limits
+    self._max_images = max_images
+    self._read = media.Reader(limits, chat.shrink)
     vocabulary = chat.tokenizer.backend.get_vocab()
     # No text of more characters can fit, and reading it takes seconds.
     self._most_characters = context * max(map(len, vocabulary))
 
-  def __call__(self, data: bytes) -> Prepared:
-    """Parses, decodes the images, tokenises.
+  def parse(self, data: bytes) -> schema.ChatRequest:
+    """Reads a body; only its images remain to be seen.
 
     Raises:
       ApiError: 400 or 404.
@@ -60,10 +61,15 @@ class Preparer:
     if request.model != self._name:
       raise unknown_model(request.model, self._name)
     self._check_size(request)
-    pictures = tuple(
-        media.read(image.url, image.param, self._limits)
-        for image in request.images
-    )
+    return request
+
+  def prepare(self, request: schema.ChatRequest) -> Prepared:
+    """Decodes the images, tokenises.
+
+    Raises:
+      ApiError: 400.
+    """
+    pictures = self._read(request.images)
     chat = self._chat
     if request.system is not None:
       template = with_system(chat.template, request.system)

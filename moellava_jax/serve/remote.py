@@ -8,6 +8,7 @@ redirect goes through all of that again.
 """
 
 from collections.abc import Callable
+from concurrent import futures
 import contextlib
 import http.client
 import ipaddress
@@ -23,6 +24,7 @@ from moellava_jax.serve.errors import ApiError
 # (address, most bytes, field for messages) -> content.
 Fetch = Callable[[str, int, str], bytes]
 
+_INTERNET = ipaddress.ip_network('2000::/3')
 _REDIRECTS = 3
 _CHUNK = 1 << 16
 
@@ -31,12 +33,13 @@ def is_public(address: str) -> bool:
   """Whether an IP address belongs to the internet at large."""
   found = ipaddress.ip_address(address)
   if isinstance(found, ipaddress.IPv6Address):
+    # An IPv4 may be inside, and is where the way ends.
     for inner in (found.ipv4_mapped, found.sixtofour):
       if inner is not None:
-        return inner.is_global and not inner.is_multicast
-    if found.teredo is not None:
-      return False
-    if found in ipaddress.ip_network('64:ff9b::/96'):  # NAT64 of an IPv4.
+        return is_public(str(inner))
+    # Python calls global whatever it does not know. All addresses of the
+    # internet are of this network; translations of IPv4 (NAT64) are not.
+    if found not in _INTERNET or found.teredo is not None:
       return False
   return found.is_global and not found.is_multicast
 
@@ -44,15 +47,18 @@ def is_public(address: str) -> bool:
 def fetcher(
     seconds: float, allowed: Callable[[str], bool] = is_public
 ) -> Fetch:
-  """Returns what fetches an address.
+  """Returns what fetches addresses, one after another.
 
   Args:
-    seconds: for all of it, redirects included.
+    seconds: for all that it fetches, names and redirects included.
     allowed: says of an IP address whether to connect to it.
   """
+  left = seconds
 
   def fetch(url: str, limit: int, param: str) -> bytes:
-    deadline = time.monotonic() + seconds
+    nonlocal left
+    begin = time.monotonic()
+    deadline = begin + left
     try:
       for _ in range(1 + _REDIRECTS):
         data, url = _get(url, limit, deadline, allowed)
@@ -64,6 +70,8 @@ def fetcher(
     except (OSError, ValueError, http.client.HTTPException) as error:
       # Nothing of what a stranger's server said is passed on.
       raise _failed(type(error).__name__, param) from None
+    finally:
+      left -= time.monotonic() - begin
 
   return fetch
 
@@ -145,14 +153,14 @@ def _connect(
   host = parts.hostname or ''
   secure = parts.scheme == 'https'
   port = parts.port or (443 if secure else 80)
-  found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-  addresses = [str(info[4][0]) for info in found]
+  addresses = _resolve(host, port, deadline)
   if not addresses or not all(allowed(address) for address in addresses):
     raise _Refused('the host is not on the public internet')
   sock = socket.create_connection((addresses[0], port), _left(deadline))
   try:
     if secure:
       context = ssl.create_default_context()
+      sock.settimeout(_left(deadline))  # Of all of the handshake.
       sock = context.wrap_socket(sock, server_hostname=host)
   except BaseException:
     sock.close()
@@ -160,6 +168,21 @@ def _connect(
   connection = http.client.HTTPConnection(host, port)
   connection.sock = sock  # It would resolve the name again.
   return connection
+
+
+def _resolve(host: str, port: int, deadline: float) -> list[str]:
+  """The addresses of a name; a look-up itself cannot be told when to end."""
+  found: futures.Future[list[str]] = futures.Future()
+
+  def ask():
+    try:
+      answers = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+      found.set_result([str(address[0]) for *_, address in answers])
+    except Exception as error:
+      found.set_exception(error)
+
+  threading.Thread(target=ask, name='resolve', daemon=True).start()
+  return found.result(_left(deadline))
 
 
 def _read(response: http.client.HTTPResponse, limit: int) -> bytes:

@@ -107,7 +107,7 @@ class Scheduler:
     # Under the lock:
     self._waiting: collections.deque[Job] = collections.deque()
     self._warm = self._closing = False
-    self._entering = 0  # Jobs between the queue and their slot.
+    self._entering: Job | None = None  # Between the queue and its slot.
     # Of the engine's thread; others only look at its length.
     self._running: dict[int, Job] = {}
     self._thread = threading.Thread(
@@ -159,7 +159,8 @@ class Scheduler:
       if not self.ready:
         raise ClosedError
       # Those that will be let in at the next step do not wait for others.
-      free = self._engine.slots - len(self._running) - self._entering
+      taken = len(self._running) + (self._entering is not None)
+      free = self._engine.slots - taken
       if len(self._waiting) >= self._queue + free:
         raise FullError
       self._waiting.append(job)
@@ -205,6 +206,8 @@ class Scheduler:
     with self._changed:
       self.failure = error
       lost = [*self._running.values(), *self._waiting]
+      if self._entering is not None:
+        lost.append(self._entering)
       self._running.clear()
       self._waiting.clear()
     for job in lost:
@@ -247,12 +250,9 @@ class Scheduler:
     with self._changed:
       if not self._waiting:
         return False
-      job = self._waiting.popleft()
-      self._entering = 1
-    try:
-      self._enter(job)
-    finally:
-      self._entering = 0
+      job = self._entering = self._waiting.popleft()
+    self._enter(job)  # If that fails, `_fail` ends the job.
+    self._entering = None
     return True
 
   def _enter(self, job: Job) -> None:

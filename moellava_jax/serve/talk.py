@@ -8,12 +8,15 @@ import secrets
 import threading
 from typing import NamedTuple
 
+from PIL import Image
+
 from moellava_jax import config
 from moellava_jax.data import templates
 from moellava_jax.infer import chat as chat_lib
-from moellava_jax.serve import errors, experts, media
+from moellava_jax.serve import errors, experts, media, messages
 
 _MOST_CHARACTERS = 20_000  # Of a question; to tokenise more takes seconds.
+_MOST_IMAGES = 64  # Of a conversation; not all models have a limit.
 _SEEDS = 31  # Bits of the seed of sampling.
 
 
@@ -77,7 +80,8 @@ class Talker:
 
   def __init__(self, chat: chat_lib.Chat, limits: media.Limits):
     """`limits.image_root` is the folder that uploads are in."""
-    self._chat, self._limits = chat, limits
+    self._chat = chat
+    self._read = media.Reader(limits, chat.shrink)
     self._lock = threading.Lock()
 
   def ask(
@@ -108,7 +112,7 @@ class Talker:
       _check(turn)
       asked = _asked(talk.turns)
       pieces = self._chat.chat(
-          self._shown(turn, asked.images),
+          self._shown(turn, asked.images, max_new_tokens),
           asked.question,
           history=asked.history,
           stream=True,
@@ -124,23 +128,38 @@ class Talker:
       turn.notice = str(error)
     yield
 
-  def _shown(self, turn: Turn, paths: Sequence[str]):
+  def _shown(self, turn: Turn, paths: Sequence[str], max_new_tokens: int):
     try:
-      return [self._read(path) for path in paths]
+      # To read them takes a second each.
+      self._check_room(len(paths), max_new_tokens)
+      return self._images(paths)
     except config.UserError:
       turn.images = ()  # The conversation goes on without it.
       raise
 
-  def _read(self, path: str):
-    name = os.path.basename(path)
+  def _check_room(self, count: int, max_new_tokens: int) -> None:
+    if count > _MOST_IMAGES:
+      raise config.UserError(
+          f'The conversation has {count} images: expected at most'
+          f' {_MOST_IMAGES}. Clear, and upload fewer.'
+      )
+    self._chat.check_positions(
+        count * self._chat.model.cfg.vision.num_tokens + max_new_tokens,
+        f'The conversation with its {count} images and {max_new_tokens} new'
+        ' tokens',
+    )
+
+  def _images(self, paths: Sequence[str]) -> tuple[Image.Image, ...]:
     try:
-      return media.read(path, name, self._limits)
+      return self._read(
+          [messages.Picture(path, os.path.basename(path)) for path in paths]
+      )
     except errors.ApiError as error:
       if error.code != 'invalid_image_url':
         raise config.UserError(error.message) from None
       # Uploads are deleted after a while.
       raise config.UserError(
-          f'{name} is not here any more. Clear, and upload it again.'
+          f'{error.param} is not here any more. Clear, and upload it again.'
       ) from None
 
   def _write(self, turn: Turn, pieces: Iterator[str]) -> bool:
@@ -174,7 +193,7 @@ class Talker:
       return
     asked = _asked(turns)
     try:
-      shown = [self._read(path) for path in asked.images]
+      shown = self._images(asked.images)
       with self._lock:
         routing = self._chat.trace(
             shown, asked.question, turns[-1].answer, history=asked.history

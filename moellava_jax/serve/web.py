@@ -126,7 +126,7 @@ def launch(options: Options, chat: chat_lib.Chat, uploads: str):
       file_bytes=options.max_upload_mb * _MB,
       square=True,
       image_root=uploads,
-      fetch=None,
+      fetcher=None,
   )
   demo = layout.blocks(
       page.Page(chat, limits, options.max_new_tokens),

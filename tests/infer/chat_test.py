@@ -16,6 +16,7 @@ from moellava_jax.data import templates
 from moellava_jax.evals import ask, base
 from moellava_jax.infer import chat as chat_lib
 from moellava_jax.infer import generate, requests, sampling, verify
+from moellava_jax.model import llava
 from tests import tiny
 
 RED = Image.new('RGB', (9, 7), 'red')
@@ -267,6 +268,26 @@ def test_an_image_is_shown_as_in_training_or_as_asked(chat):
   np.testing.assert_array_equal(
       chat.encode(request).images_IHWC[0], shown[trained]
   )
+
+
+@pytest.mark.parametrize('aspect', ['pad', 'square'])
+@pytest.mark.parametrize('resize', ['short_edge', 'exact'])
+def test_a_shrunk_image_is_asked_about_as_the_whole(chat, aspect, resize):
+  model = chat.model.cfg
+  model = dataclasses.replace(
+      model, vision=dataclasses.replace(model.vision, resize=resize)
+  )
+  chat = chat._replace(model=llava.Llava(model), image_aspect=aspect)
+  noise = np.random.default_rng(0).integers(0, 256, (50, 170, 4), np.uint8)
+  for mode in ('RGB', 'RGBA', 'L', 'P'):
+    image = Image.fromarray(noise).convert(mode)
+    small = chat.shrink(image)
+    assert small.size == (model.vision.image_size,) * 2
+    whole, again = (
+        chat.encode(requests.conversation(one, QUESTION, ()))
+        for one in (image, small)
+    )
+    np.testing.assert_array_equal(again.images_IHWC, whole.images_IHWC)
 
 
 def test_a_dense_model_has_no_trace(dense_dir):

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Clients that leave, too many of them, failures, and the end of a server."""
 
+import collections
 from concurrent import futures
 import dataclasses
 import json
+import os
 import socket
 import threading
 import types
@@ -11,7 +13,7 @@ import types
 import openai
 import pytest
 
-from moellava_jax.serve import api
+from moellava_jax.serve import api, media
 from tests.serve import serving
 
 
@@ -120,6 +122,70 @@ def test_bodies_that_take_all_memory_are_sent_away(chat):
       small = serving.body(metadata={'a': 'x' * (1 << 19)})
       assert serving.complete(server.url, small).status == 200
     assert service.api._gate._bytes == 0
+
+
+def test_those_whose_images_are_fetched_keep_nobody_waiting(chat, monkeypatch):
+  arrived, over = threading.Semaphore(0), threading.Event()
+  uses = collections.Counter()
+
+  def fetcher(seconds):
+    one = object()  # Its time is that of a request.
+
+    def fetch(url, limit, param):
+      uses[one] += 1
+      arrived.release()
+      assert over.wait(30)
+      return media._data_uri(serving.data_uri(serving.picture(0)), param)
+
+    return fetch
+
+  monkeypatch.setattr(api.remote, 'fetcher', fetcher)
+  options = dataclasses.replace(serving.OPTIONS, allow_remote_images=True)
+  service = api.Service(options, chat)
+  count = 8 + 2 * max(os.cpu_count() or 1, 2)
+  remote = serving.question('?', *['http://slow.example/a.png'] * 2)
+  with serving.running(service) as server:
+    try:
+      sent = [_send(server, messages=remote) for _ in range(count)]
+      for _ in range(8):
+        assert arrived.acquire(timeout=60)
+      text = [{'role': 'user', 'content': 'left ?'}]
+      for body in (serving.body(text), serving.body()):
+        assert serving.complete(server.url, body).status == 200
+      # One that leaves is forgotten.
+      sent.pop().close()
+      gate = service.api._gate
+      serving.until(lambda: gate.inside == count - 1)
+    finally:
+      over.set()
+    for sock in sent:
+      assert b' 200 OK' in sock.recv(1000)
+      sock.close()
+    serving.until(lambda: gate.inside == 0)
+    assert gate._bytes == 0
+  # One for both images of a request.
+  assert len(uses) >= count - 1 and max(uses.values()) == 2
+
+
+def test_a_body_is_not_kept_for_the_answer(gated, monkeypatch):
+  server, engine = gated
+  freed = threading.Event()
+
+  class Body(bytes):
+
+    def __del__(self):
+      freed.set()
+
+  async def read_body(*args):
+    return Body(await read(*args))
+
+  read = api.app_lib.admission.read_body
+  monkeypatch.setattr(api.app_lib.admission, 'read_body', read_body)
+  with _send(server) as sock:
+    engine.let_in(server.service.scheduler, 1)
+    assert freed.wait(30)
+    engine.open()
+    assert b' 200 OK' in sock.recv(1000)
 
 
 def test_until_all_is_compiled_a_server_is_not_ready(chat, monkeypatch):

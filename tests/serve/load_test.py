@@ -2,9 +2,11 @@
 """Many clients at a time, and how long the first token takes."""
 
 from concurrent import futures
+import json
 import statistics
 import threading
 import time
+import weakref
 
 import numpy as np
 from PIL import Image
@@ -14,7 +16,8 @@ import pytest
 from moellava_jax.infer import chat as chat_lib
 from moellava_jax.infer import engine as engine_lib
 from moellava_jax.infer import sampling
-from moellava_jax.serve import media
+from moellava_jax.serve import media, prepare
+from moellava_jax.serve import messages as messages_lib
 from tests.serve import serving
 
 TEXT = 'left ?'
@@ -90,6 +93,69 @@ def test_all_clients_get_their_own_answers(server, alone, capsys):
   _load(server, alone, 8, 2, capsys)
 
 
+def test_of_a_request_one_image_at_a_time_is_large(chat, monkeypatch):
+  large, counts = [], []
+
+  def shrink(chat, image):
+    if image.size == (300, 300):
+      large.append(weakref.ref(image))
+      counts.append(sum(one() is not None for one in large))
+    return shrunk(chat, image)
+
+  shrunk = chat_lib.Chat.shrink
+  monkeypatch.setattr(chat_lib.Chat, 'shrink', shrink)
+  preparer = prepare.Preparer(
+      chat,
+      name='m',
+      context=1000,
+      max_images=8,
+      limits=media.Limits(10**6, 10**6, True, None, None),
+  )
+  pictures = [serving.picture(n, 300) for n in range(4)]
+  urls = [serving.data_uri(image) for image in pictures]
+  body = serving.body(serving.question(TEXT, *urls), model='m')
+  found = preparer.prepare(preparer.parse(json.dumps(body).encode()))
+  assert counts == [1] * 4
+  turns = (('human', '<image>\n' * 4 + TEXT),)
+  expected = chat.encode(chat_lib.Request(turns, tuple(pictures)))
+  np.testing.assert_array_equal(found.prompt.images_IHWC, expected.images_IHWC)
+
+
+def test_of_all_requests_two_of_the_largest_images_are_decoded_at_a_time():
+  decoded = []
+  entered, leave = threading.Semaphore(0), threading.Semaphore(0)
+
+  def shrink(image):
+    decoded.append(image.size)
+    entered.release()
+    assert leave.acquire(timeout=60)
+    return image
+
+  limits = media.Limits(1600, 10**6, False, None, None)
+  reader = media.Reader(limits, shrink)
+
+  def read(size):
+    uri = serving.data_uri(serving.picture(0, size))
+    return reader([messages_lib.Picture(uri, 'p')])[0].size
+
+  with futures.ThreadPoolExecutor(4) as pool:
+    sizes = (40, 40, 40, 5)
+    try:
+      works = [pool.submit(read, size) for size in sizes[:3]]
+      for _ in range(2):
+        assert entered.acquire(timeout=60)
+      serving.until(reader._budget._turn.locked)
+      # There would be room for it, once one is done; but it came later.
+      works.append(pool.submit(read, sizes[3]))
+      assert len(decoded) == 2
+      leave.release()
+      assert entered.acquire(timeout=60)
+      assert decoded == [(40, 40)] * 3
+    finally:
+      leave.release(4)
+    assert [work.result() for work in works] == [(n, n) for n in sizes]
+
+
 @pytest.mark.slow
 @pytest.mark.large
 def test_64_clients_with_10_requests_each(server, alone, capsys):
@@ -105,13 +171,14 @@ def test_the_first_token_comes_soon(server, client, chat, capsys):
   """
   options = serving.OPTIONS
   limits = media.Limits(20_000_000, 20 << 20, True, None, None)
+  reader = media.Reader(limits, chat.shrink)
   engine = engine_lib.Engine(chat, slots=options.slots, context=options.context)
   inside, outside = [], []
   for seed in range(20):
     messages = serving.question(TEXT, serving.data_uri(_large(seed)))
     url = messages[0]['content'][0]['image_url']['url']
     begin = time.perf_counter()
-    image = media.read(url, 'p', limits)
+    (image,) = reader([messages_lib.Picture(url, 'p')])
     request = chat_lib.Request((('human', f'<image>\n{TEXT}'),), (image,))
     engine.prefill(chat.encode(request), sampling.Options())
     inside.append(time.perf_counter() - begin)

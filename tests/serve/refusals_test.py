@@ -11,7 +11,7 @@ from PIL import Image
 import pytest
 
 from moellava_jax import config
-from moellava_jax.data import templates
+from moellava_jax.data import images, templates
 from moellava_jax.serve import admission, api, media, messages, schema
 from moellava_jax.serve.errors import ApiError
 from tests.serve import serving
@@ -193,6 +193,17 @@ def test_images_that_are_none_are_refused(server):
     assert param == 'messages.0.content.0'
 
 
+def test_an_image_that_cannot_be_shrunk_is_named():
+  def shrink(image):
+    raise images.ImageError('It is too thin.')
+
+  reader = media.Reader(media.Limits(10**4, 10**4, False, None, None), shrink)
+  uri = serving.data_uri(serving.picture(0))
+  with pytest.raises(ApiError, match='messages.3: It is too thin.') as caught:
+    reader([messages.Picture(uri, 'messages.3')])
+  assert caught.value.status == 400 and caught.value.param == 'messages.3'
+
+
 def test_neither_addresses_nor_files_are_read(server, tmp_path):
   file = tmp_path / 'a.png'
   serving.picture(0).save(file)
@@ -337,6 +348,13 @@ def test_two_hundred_fuzzed_requests_are_refused(server):
   assert serving.complete(server.url, serving.body()).status == 200
 
 
+def _read(url, limits):
+  (found,) = media.Reader(limits, lambda image: image)(
+      [messages.Picture(url, 'p')]
+  )
+  return found
+
+
 def test_files_below_the_root_are_read_and_no_others(tmp_path):
   root = tmp_path / 'images'
   root.mkdir()
@@ -346,7 +364,7 @@ def test_files_below_the_root_are_read_and_no_others(tmp_path):
   os.mkfifo(root / 'pipe.png')
   limits = media.Limits(10**6, 10**6, False, str(root), None)
   for url in ('a b.png', f'file://{root}/a%20b.png', str(root / 'a b.png')):
-    assert media.read(url, 'p', limits).size == (40, 40)
+    assert _read(url, limits).size == (40, 40)
   for url in (
       '../outside.png',
       'link.png',
@@ -359,8 +377,8 @@ def test_files_below_the_root_are_read_and_no_others(tmp_path):
       'a\x00b.png',
   ):
     with pytest.raises(ApiError) as caught:
-      media.read(url, 'p', limits)
+      _read(url, limits)
     assert caught.value.code == 'invalid_image_url', url
   small = limits._replace(file_bytes=10)
   with pytest.raises(ApiError, match='larger than 10'):
-    media.read('a b.png', 'p', small)
+    _read('a b.png', small)

@@ -3,6 +3,7 @@
 
 import contextlib
 from http import server
+import socket
 import threading
 import time
 
@@ -74,6 +75,16 @@ def _anywhere(address):
         ('fc00::1', False),
         ('64:ff9b::7f00:1', False),
         ('2002:7f00:1::', False),
+        ('2002:5db8:d822::', True),
+        ('::ffff:10.0.0.1', False),
+        ('::ffff:93.184.216.34', True),
+        ('::10.0.0.1', False),
+        ('64:ff9b::a00:1', False),
+        ('64:ff9b:1::a00:1', False),
+        ('64:ff9b:1:ffff:a:0:1:0', False),
+        ('2001:0:5db8:d822:0:0:f5ff:fffe', False),
+        ('fec0::1', False),
+        ('ff0e::1', False),
     ],
 )
 def test_what_is_public(address, public):
@@ -123,6 +134,28 @@ def test_one_who_drips_is_left(pages):
   with pytest.raises(ApiError, match='Timeout'):
     remote.fetcher(0.5, _anywhere)(f'{pages}/drip', 10**6, 'p')
   assert time.monotonic() - begin < 10
+
+
+def test_a_name_that_is_not_found_in_time(monkeypatch):
+  over = threading.Event()
+
+  def look_up(*_, **__):
+    over.wait(20)
+    raise socket.gaierror
+
+  monkeypatch.setattr(socket, 'getaddrinfo', look_up)
+  try:
+    with pytest.raises(ApiError, match='Timeout'):
+      remote.fetcher(0.2, _anywhere)('http://slow.example/', 10, 'p')
+  finally:
+    over.set()
+
+
+def test_the_images_of_a_request_share_its_time(pages):
+  fetch = remote.fetcher(1, _anywhere)
+  for path in ('drip', '5'):
+    with pytest.raises(ApiError, match='Timeout'):
+      fetch(f'{pages}/{path}', 10**6, 'p')
 
 
 @pytest.mark.parametrize('reset', [True, False])

@@ -2,6 +2,7 @@
 """Order, bounds and faults of the scheduler."""
 
 import queue
+import threading
 
 import numpy as np
 import pytest
@@ -104,6 +105,28 @@ def test_one_who_cannot_listen_ends_no_other(scheduler, gated, chat):
   assert _reason(good) == 'length'
   serving.until(lambda: scheduler.running == 0)
   assert scheduler.failure is None
+
+
+def test_when_a_slot_cannot_be_filled_all_hear_of_it(gated, chat, monkeypatch):
+  def fail(*_):
+    raise RuntimeError('out of memory')
+
+  monkeypatch.setattr(gated, 'insert', fail)
+  failed = threading.Event()
+  found = scheduler_lib.Scheduler(gated, chat.tokenizer, queue=3, warm_up=())
+  found.start(failed.set)
+  serving.until(lambda: found.ready, 300)
+  gated.gated = True
+  jobs = [queue.Queue() for _ in range(3)]
+  for pieces in jobs:
+    _submit(found, chat, pieces)
+  serving.until(lambda: found.waiting == 2)
+  gated.open()
+  assert failed.wait(60)
+  for pieces in jobs:
+    while not (piece := pieces.get_nowait()).last:
+      pass
+    assert str(piece.error) == 'out of memory' and pieces.empty()
 
 
 def test_cancelling_twice_or_late_changes_nothing(scheduler, gated, chat):

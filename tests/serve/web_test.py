@@ -115,6 +115,29 @@ def test_a_bad_image_is_said_in_the_chat(page, chat, tmp_path, bad):
 
 
 @pytest.mark.parametrize(
+    'limit, count, expected',
+    [(100, 60, 'was made for 100'), (None, 65, '65 images: expected at most')],
+)
+def test_too_many_images_are_refused_before_they_are_read(
+    chat, tmp_path, monkeypatch, limit, count, expected
+):
+  page = page_lib.Page(
+      chat._replace(max_positions=limit), _limits(tmp_path), 16
+  )
+  decoded = []
+  monkeypatch.setattr(
+      media.Reader, '_decode', lambda self, *_: decoded.append(self)
+  )
+  told = talk_lib.Talk()
+  file = _save(tmp_path, 0)
+  for _ in range(2):  # They are not of the next question.
+    user, reply = _ask(page, told, 'what ?', [file] * count)[-1][-2:]
+    assert expected in _words(reply) and f'{count} images' in _words(reply)
+    assert user['content'] == [{'type': 'text', 'text': 'what ?'}]
+  assert not decoded
+
+
+@pytest.mark.parametrize(
     'text, expected',
     [
         ('a ' * 20_000, '40000 characters'),
