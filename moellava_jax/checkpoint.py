@@ -120,10 +120,8 @@ def _checkpointer(tree: Any) -> ocp.Checkpointer:
   It would hold a second model otherwise. It takes fractions of a gigabyte,
   whatever the annotation says.
   """
-  sizes = [
-      math.prod(x.shape) * x.dtype.itemsize
-      for x in trees.flatten(tree).values()
-  ]
+  # Not by paths: the state of an optimizer has tuples in it.
+  sizes = [math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree)]
   limit: Any = (max(sizes, default=0) + (1 << 20)) / 1e9
   return ocp.Checkpointer(
       ocp.StandardCheckpointHandler(
@@ -317,6 +315,7 @@ class Stage:
       CheckpointError: the step cannot be read.
     """
     # Not by the manager, which would hold nearly a second copy in host memory.
+    self.wait()  # It may be the step that is being saved.
     folder = self._dir / str(step)
     with _readable(self._dir, step):
       return tuple(
