@@ -331,9 +331,9 @@ class Stage:
     self.wait()  # It may be the step that is being saved.
     folder = self._dir / str(step)
     with _readable(self._dir, step):
-      return tuple(
-          _read(folder / name, tree)
-          for name, tree in (('trained', trained), ('optimizer', optimizer))
+      return (
+          _read(folder / 'trained', trained),
+          _read(folder / 'optimizer', optimizer),
       )
 
   def save_frozen(self, frozen: Any) -> str:
