@@ -120,10 +120,8 @@ def _checkpointer(tree: Any) -> ocp.Checkpointer:
   It would hold a second model otherwise. It takes fractions of a gigabyte,
   whatever the annotation says.
   """
-  sizes = [
-      math.prod(x.shape) * x.dtype.itemsize
-      for x in trees.flatten(tree).values()
-  ]
+  # Not by paths: the state of an optimizer has tuples in it.
+  sizes = [math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree)]
   limit: Any = (max(sizes, default=0) + (1 << 20)) / 1e9
   return ocp.Checkpointer(
       ocp.StandardCheckpointHandler(
@@ -186,21 +184,31 @@ def _steps(folder: epath.Path) -> list[int]:
   return sorted(ocp.utils.checkpoint_steps(folder))
 
 
-def latest_meta(run: str, stage: str) -> tuple[str, dict[str, Any]] | None:
-  """(path, description) of the newest step of a stage, if there is one.
+def newest_step(run: str, stage: str) -> epath.Path | None:
+  """The newest complete step of a stage, if there is one.
 
   Raises:
-    CheckpointError: it cannot be read.
+    CheckpointError: the folder of the stage cannot be read.
   """
   folder = run_folder.absolute(run) / stage
   with _explained(f'{folder} cannot be read', 'Use another --config.workdir.'):
     _refuse_copies(folder)
     _refuse_copies(folder / 'final')
     steps = _steps(folder)
-  if not steps:
+  return folder / str(steps[-1]) if steps else None
+
+
+def latest_meta(run: str, stage: str) -> tuple[str, dict[str, Any]] | None:
+  """(path, description) of the newest step of a stage, if there is one.
+
+  Raises:
+    CheckpointError: it cannot be read.
+  """
+  step = newest_step(run, stage)
+  if step is None:
     return None
-  with _readable(folder, steps[-1]):
-    return str(folder / str(steps[-1])), _read_meta(folder / str(steps[-1]))
+  with _readable(step.parent, int(step.name)):
+    return str(step), _read_meta(step)
 
 
 @contextlib.contextmanager
@@ -218,8 +226,11 @@ def _readable(folder: epath.Path, step: int) -> Iterator[None]:
 
 
 def _read_meta(step: epath.Path) -> dict[str, Any]:
-  with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-    return reader.restore(run_folder.absolute(step) / 'meta')
+  """May be called by one process alone."""
+  # A `Checkpointer` would wait for all processes when it has read.
+  return dict(
+      ocp.JsonCheckpointHandler().restore(run_folder.absolute(step) / 'meta')
+  )
 
 
 class Stage:
@@ -317,11 +328,12 @@ class Stage:
       CheckpointError: the step cannot be read.
     """
     # Not by the manager, which would hold nearly a second copy in host memory.
+    self.wait()  # It may be the step that is being saved.
     folder = self._dir / str(step)
     with _readable(self._dir, step):
-      return tuple(
-          _read(folder / name, tree)
-          for name, tree in (('trained', trained), ('optimizer', optimizer))
+      return (
+          _read(folder / 'trained', trained),
+          _read(folder / 'optimizer', optimizer),
       )
 
   def save_frozen(self, frozen: Any) -> str:

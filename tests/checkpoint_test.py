@@ -94,6 +94,21 @@ def test_a_step_restores_bit_by_bit_on_other_meshes(tmp_path):
     stage.close()
 
 
+def test_the_state_of_an_optimizer_may_hold_tuples(tmp_path):
+  trained, optimizer = _arrays(_mesh(fsdp=2))
+  optimizer = {'opt_state': ((optimizer['mu'], ()), optimizer['step'])}
+  stage = _stage(tmp_path)
+  stage.save(1, trained, optimizer, _META)
+  like = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+      optimizer,
+  )
+  restored = stage.restore(1, _abstract(_mesh(fsdp=2))[0], like)[1]
+  stage.close()
+  assert jax.tree.structure(restored) == jax.tree.structure(optimizer)
+  jax.tree.map(np.testing.assert_array_equal, restored, optimizer)
+
+
 def test_the_newest_stay_and_some_for_good(tmp_path):
   _saved(tmp_path, range(1, 12), keep=2, keep_every=4)
   steps = {p.name for p in (tmp_path / 'finetune').iterdir()}

@@ -45,6 +45,14 @@ class Poll:
     self._last = self._ask(wish)
     return answer
 
+  def saved(self) -> None:
+    """To be called after a save, which is what a pending SAVE asks for.
+
+    A process wishes it until the answer arrives: twice. A pending STOP stays.
+    """
+    if int(self._last) == SAVE:
+      self._last = CONTINUE
+
   def now(self, wish: int) -> int:
     """The answer to this call; waits for all processes."""
     return wish if self._alone else int(self._ask(wish))

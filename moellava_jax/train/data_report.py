@@ -5,13 +5,11 @@ Small data is known before the first step; of large data, a stage learns while
 it reads.
 """
 
-from collections.abc import Callable, Iterator
-import functools
+from collections.abc import Iterator
 
 import jax
 
 from moellava_jax.data import batch as batch_lib
-from moellava_jax.data import counts as counts_lib
 from moellava_jax.data import pipeline
 from moellava_jax.train import cluster
 
@@ -24,7 +22,8 @@ def print_summary(stage: str, examples: pipeline.Examples, path: str) -> None:
   )
   if examples.format.data.arrangement == 'packed':
     _print_packing(stage, examples)
-  _print_counts(stage, examples.counts, length, cluster.say)
+  for line in _counted(examples):
+    cluster.say(f'{stage}: {line}')
   if examples.ignored_answers:
     cluster.say(
         f'{stage}: the {examples.format.template!r} template keeps the first'
@@ -49,26 +48,21 @@ def _print_packing(stage: str, examples: pipeline.Examples) -> None:
     )
 
 
-def _print_counts(
-    stage: str,
-    counts: counts_lib.Counts,
-    length: int,
-    say: Callable[[str], object],
-) -> None:
-  """Says what was left out, and why, and what was repaired or cut."""
+def _counted(examples: pipeline.Examples) -> Iterator[str]:
+  """What was left out, and why, and what was repaired or cut."""
+  counts = examples.counts
   for reason, number in counts.dropped.items():
     first = counts.first.get(reason)
-    say(
-        f'{stage}: dropped {number} rows: {reason}'
-        + (f'; the first: {first}' if first else '')
+    yield f'dropped {number} rows: {reason}' + (
+        f'; the first: {first}' if first else ''
     )
   for rule, number in counts.repaired.items():
-    say(f'{stage}: repaired {number} rows: {rule}')
+    yield f'repaired {number} rows: {rule}'
   if counts.cut:
-    say(f'{stage}: cut {counts.cut} rows at position {length}')
+    yield f'cut {counts.cut} rows at position {examples.format.length}'
   if counts.blanked:
-    say(
-        f'{stage}: {counts.blanked} rows teach nothing, as in the original:'
+    yield (
+        f'{counts.blanked} rows teach nothing, as in the original:'
         ' config.data.parity_mask counts another number of tokens than they'
         ' have'
     )
@@ -93,7 +87,31 @@ def print_read(stage: str, examples: pipeline.Examples) -> None:
   them knows. Each process says what it read itself.
   """
   if not examples.eager:
-    where = f'{stage}, read by process {jax.process_index()}'
-    length = examples.format.length
-    say = functools.partial(print, flush=True)
-    _print_counts(where, examples.counts, length, say)
+    for line in _counted(examples):
+      print(
+          f'{stage}, read by process {jax.process_index()}: {line}', flush=True
+      )
+
+
+def no_targets(examples: pipeline.Examples, empty: int, rows: int) -> str:
+  """Why a batch teaches nothing, and what to do.
+
+  Args:
+    examples: of the stage.
+    empty: rows of the batch without any conversation.
+    rows: of the batch.
+  """
+  if empty == rows:
+    text = (
+        f'all of its {rows} rows are empty, as what belongs there was dropped.'
+        ' Repair that, or take it out of the data.'
+    )
+  else:
+    also = f' {empty} rows are empty, as all was dropped.' if empty else ''
+    text = (
+        f'no answer of its {rows} rows lies within the'
+        f' {examples.format.length} positions of a row.{also} Check the'
+        ' template and the row_length.'
+    )
+  found = '; '.join(_counted(examples))
+  return f'{text} Process {jax.process_index()} has {found}.' if found else text

@@ -13,19 +13,21 @@ RUN/stacks-PROCESS.txt: a peer that is gone, a disk that does not answer.
 
 A thread does both: the interpreter runs a signal handler only when the main
 thread comes back to it, which it does not while XLA compiles or a device waits
-for another host. Nothing here imports JAX, so that a signal during that import
-finds the guard in its place.
+for another host. It leaves all writing to other threads, for which it does not
+wait long: what hangs may be what reads stderr, or the disk. Nothing here
+imports JAX, so that a signal during that import finds the guard in its place.
 """
 
 import collections
-import faulthandler
+from collections.abc import Callable
+import contextlib
 import os
 import select
 import signal
 import sys
-import tempfile
 import threading
 import time
+import traceback
 from typing import NamedTuple
 
 # Both ask for the same command again, which goes on after the last checkpoint.
@@ -33,7 +35,8 @@ STOPPED = 75  # EX_TEMPFAIL of sysexits.h.
 HUNG = 76
 
 _POLL = 1.0  # Seconds until a new deadline is noticed, at most.
-_WRITING = 30.0  # Seconds that a disk has for the stacks.
+_WRITING = 30.0  # Seconds that a disk and stderr have for the stacks.
+_SAYING = 3.0  # Seconds that stderr has for a line.
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -79,7 +82,7 @@ class Guard:
   def __exit__(self, *_) -> None:
     self._closed.set()
     signal.set_wakeup_fd(self._fd_before)
-    os.write(self._write, b'\0')
+    self._wake()
     self._thread.join()
     for number, handler in self._before.items():
       signal.signal(number, handler)
@@ -118,7 +121,11 @@ class Guard:
   def _handle(self, number: int, frame: object) -> None:
     del frame
     self._handled[number] += 1
-    self._react()
+    self._wake()  # It may have interrupted what starting a thread waits for.
+
+  def _wake(self) -> None:
+    with contextlib.suppress(BlockingIOError):  # It is full of reasons to.
+      os.write(self._write, b'\0')
 
   def _run(self) -> None:
     while not self._closed.is_set():
@@ -152,31 +159,69 @@ class Guard:
 
   def _hang(self) -> None:
     """Writes the stacks of all threads, then ends the process."""
-    phase = self._phase
-    _say(
-        f'error: {phase.what} has not returned within {phase.minutes:g} minutes'
-        ' (config.watchdog). The stacks of all threads follow, also in'
-        f' {self._stacks_path()}. Run the same command again to go on after'
-        ' the last checkpoint, or raise the limit if this only was slow.'
-    )
-    faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
-    # The disk may be what hangs.
-    writer = threading.Thread(target=self._write_stacks, daemon=True)
-    writer.start()
-    writer.join(_WRITING)
-    os._exit(HUNG)
+    try:
+      phase = self._phase
+      text = (
+          f'error: {phase.what} has not returned within {phase.minutes:g}'
+          ' minutes (config.watchdog). The stacks of all threads follow, also'
+          f' in {self._stacks_path()}. Run the same command again to go on'
+          ' after the last checkpoint, or raise the limit if this only was'
+          ' slow.'
+      )
+      stacks = _stacks()
+      _try_for(
+          _WRITING,
+          lambda: _to_stderr(f'{text}\n{stacks}'),
+          lambda: self._write_stacks(stacks),
+      )
+    finally:
+      os._exit(HUNG)
 
   def _stacks_path(self) -> str:
     return os.path.join(self.workdir, f'stacks-{self.process}.txt')
 
-  def _write_stacks(self) -> None:
+  def _write_stacks(self, stacks: str) -> None:
     from etils import epath  # Also writes to gs://.
 
-    with tempfile.TemporaryFile() as file:
-      faulthandler.dump_traceback(file, all_threads=True)
-      file.seek(0)
-      epath.Path(self._stacks_path()).write_bytes(file.read())
+    epath.Path(self._stacks_path()).write_text(stacks)
+
+
+def _stacks() -> str:
+  """Of all threads; `faulthandler` would hold the GIL while it writes them."""
+  names = {thread.ident: thread.name for thread in threading.enumerate()}
+  lines = []
+  for number, frame in sys._current_frames().items():
+    lines.append(f'Thread {names.get(number, number)}, most recent call first:')
+    lines += [
+        f'  File "{f.f_code.co_filename}", line {line} in {f.f_code.co_name}'
+        for f, line in traceback.walk_stack(frame)
+    ]
+  return '\n'.join(lines) + '\n'
 
 
 def _say(text: str) -> None:
-  print(text, file=sys.stderr, flush=True)
+  _try_for(_SAYING, lambda: _to_stderr(f'{text}\n'))
+
+
+def _to_stderr(text: str) -> None:
+  if sys.__stderr__ is None:
+    return
+  # Its own buffer: a thread that hangs in that of `sys.stderr` would make the
+  # interpreter abort at its end.
+  with (
+      contextlib.suppress(OSError),  # Nobody reads it any more.
+      open(
+          sys.__stderr__.fileno(), 'w', errors='backslashreplace', closefd=False
+      ) as file,
+  ):
+    file.write(text)
+
+
+def _try_for(seconds: float, *writers: Callable[[], None]) -> None:
+  """Calls each in a thread, and waits no longer than that for all of them."""
+  threads = [threading.Thread(target=w, daemon=True) for w in writers]
+  for thread in threads:
+    thread.start()
+  deadline = time.monotonic() + seconds
+  for thread in threads:
+    thread.join(max(deadline - time.monotonic(), 0.0))

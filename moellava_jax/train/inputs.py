@@ -204,7 +204,7 @@ def _origin(cfg: config.TrainConfig) -> dict[str, Any]:
 def _has_checkpoint(cfg: config.TrainConfig) -> bool:
   return any(
       checkpoint.final_of(cfg.workdir, stage) is not None
-      or checkpoint.latest_meta(cfg.workdir, stage) is not None
+      or checkpoint.newest_step(cfg.workdir, stage) is not None
       for stage in config.STAGES
   )
 

@@ -375,11 +375,14 @@ class _StageRun:
     self._writer.write(record)
     display.update(record)
     if not record['targets']:
+      # Of the rows of all processes; the id of an empty one is 0.
+      empty = int(np.sum(host['ids_B'] == 0))
       raise sources.DataError(
           f'Stage {self._stage!r}: the batch of step {pending.step} has no'
-          f' target token: no answer of its {self._section.batch_size} rows'
-          f' lies within row_length={self._section.row_length}. Check the'
-          ' template and the row length.'
+          ' target token: '
+          + data_report.no_targets(
+              self._examples, empty, self._section.batch_size
+          )
       )
     if host['streak'] >= MAX_STREAK:
       # Steps that are not finite leave the parameters as they were, so the
@@ -415,6 +418,7 @@ class _StageRun:
             'seconds': self._seconds(),
         },
     )
+    self._poll.saved()
     self._last = self._saved_at = time.monotonic()
     self._watch_step(step + 1)
 

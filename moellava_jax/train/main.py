@@ -60,8 +60,9 @@ _HEARTBEAT = flags.DEFINE_integer(
 _PROFILE = flags.DEFINE_string(
     'profile_steps',
     None,
-    'Steps of each stage to record, such as 10-14, into RUN/profile/STAGE:'
-    ' traces for Perfetto and TensorBoard, see docs/profiling.md.',
+    'Steps of each stage to record, such as 10-14, into RUN/profile/STAGE (of'
+    ' several processes into process-N there): traces for TensorBoard and, on a'
+    ' disk but not in gs://, for Perfetto. See docs/profiling.md.',
 )
 
 # XLA sizes the threads of simulated devices by the cores. With few of them,

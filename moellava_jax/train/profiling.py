@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import jax
 
-from moellava_jax import config
+from moellava_jax import config, run_folder
 from moellava_jax.train import cluster
 
 
@@ -39,11 +39,20 @@ def parse(text: str) -> Steps:
 
 
 class Profile:
-  """Records `steps` of one stage into RUN/profile/STAGE."""
+  """Records `steps` of one stage into RUN/profile/STAGE.
+
+  Of several processes each has a folder PROCESS of its own in there: those of
+  one host would overwrite each other's files. JAX writes for Perfetto only on a
+  disk, not to gs://.
+
+  A trace that fails is reported, and training goes on.
+  """
 
   def __init__(self, workdir: str, stage: str, steps: Steps | None):
     self._steps = steps
     self._folder = os.path.join(workdir, 'profile', stage)
+    if not cluster.alone():
+      self._folder = os.path.join(self._folder, f'process-{cluster.process()}')
     self._stage = stage
     self._runs = False
 
@@ -58,8 +67,11 @@ class Profile:
   def before(self, step: int) -> None:
     """Call before a step is dispatched; the first one records compiling too."""
     if self._steps is not None and step == self._steps.first:
-      jax.profiler.start_trace(self._folder, create_perfetto_trace=True)
-      self._runs = True
+      with self._reported():
+        jax.profiler.start_trace(
+            self._folder, create_perfetto_trace='://' not in self._folder
+        )
+        self._runs = True
 
   def after(self, step: int, results: object) -> None:
     """Call with what a step returns; waits for it if it is the last one."""
@@ -71,5 +83,17 @@ class Profile:
     if not self._runs:
       return
     self._runs = False
-    jax.profiler.stop_trace()
-    cluster.say(f'{self._stage}: the trace is in {self._folder}')
+    with self._reported():
+      jax.profiler.stop_trace()
+      cluster.say(f'{self._stage}: the trace is in {self._folder}')
+
+  @contextlib.contextmanager
+  def _reported(self) -> Iterator[None]:
+    try:
+      yield
+    except Exception as error:
+      print(
+          f'{self._stage}: no complete trace in {self._folder}:'
+          f' {run_folder.reason(error)}. Training goes on.',
+          flush=True,
+      )

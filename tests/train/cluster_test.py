@@ -10,9 +10,10 @@ import sys
 import textwrap
 import time
 
+import numpy as np
 import pytest
 
-from moellava_jax import config
+from moellava_jax import checkpoint, config
 from moellava_jax.train import cluster, preflight
 from tests import tiny
 
@@ -110,6 +111,40 @@ def test_processes_do_things_together_and_agree():
         f" 'writing'; process 1 ({host}): 'reading'."
     ) in output
     assert code == 1, output
+
+
+def test_one_process_may_look_at_checkpoints_while_others_wait(tmp_path):
+  cfg = tiny.train_config(tmp_path / 'run')
+  stage = checkpoint.Stage(cfg.workdir, 'warmup', cfg.checkpoint)
+  arrays = {'w': np.ones(4, np.float32)}
+  stage.save(2, arrays, arrays, {'stage': 'warmup', 'frozen': ''})
+  stage.close()
+  # Of other settings, as when the data of a later stage were changed.
+  (tmp_path / 'run' / 'tokenizer').mkdir()
+  (tmp_path / 'run' / 'tokenizer' / 'origin.json').write_text('{}')
+  script = f"""
+      join()
+      from moellava_jax import checkpoint
+      from moellava_jax.train import inputs
+      from tests import tiny
+
+      cluster._PATIENCE_S = 60
+      cfg = tiny.train_config({str(tmp_path / 'run')!r})
+      def look():
+        # As if the other did not see the folder.
+        run = f'{{cfg.workdir}}{{cluster.process() or ""}}'
+        return checkpoint.latest_meta(run, 'warmup')
+      try:
+        cluster.first('the tokenizer', lambda: inputs._make_tokenizer(cfg))
+        print('found', cluster.together('checkpoints', look))
+      except cluster.ClusterError as error:
+        ending.fail(error)
+  """
+  (code0, zero), (code1, one) = _run(script, script)
+  assert (code0, code1) == (0, 0), zero + one
+  assert f"found ('{tmp_path}/run/warmup/2', " in zero
+  assert 'found None' in one
+  assert os.listdir(tmp_path / 'run' / 'tokenizer') == ['origin.json']
 
 
 def test_the_failure_of_one_process_ends_the_others():

@@ -11,7 +11,7 @@ import pytest
 
 # Says 'ready' when it is, then runs the body of a test.
 _SCRIPT = """
-import hashlib, signal, sys, threading, time
+import hashlib, os, signal, sys, threading, time
 from moellava_jax.train import guard
 
 def say_ready(main):
@@ -158,6 +158,53 @@ def test_a_hanging_step_ends_the_process_with_its_stacks(start, tmp_path):
   assert 'step 7 has not returned within 0.01 minutes' in stderr
   stacks = (tmp_path / 'stacks-3.txt').read_text()
   assert 'in waits_for_a_peer' in stacks and 'in waits_for_a_peer' in stderr
+
+
+_FULL = """
+      os.set_blocking(2, False)
+      try:
+        while os.write(2, b'.' * 4096):
+          pass
+      except BlockingIOError:
+        os.set_blocking(2, True)
+      guard._WRITING = guard._SAYING = 1.0
+"""
+
+
+def test_a_hanging_step_ends_the_process_though_nobody_reads_stderr(
+    start, tmp_path
+):
+  process = start(_FULL + """
+      watchman.watch('step 7', 0.01)
+      print('ready')
+      waits_for_a_peer()
+  """)
+  assert process.wait(timeout=30) == 76
+  assert 'in waits_for_a_peer' in (tmp_path / 'stacks-0.txt').read_text()
+
+
+def test_a_hanging_step_ends_the_process_though_stderr_is_broken(start):
+  process = start("""
+      watchman.watch('step 7', 0.05)
+      print('ready')
+      waits_for_a_peer()
+  """)
+  assert process.stderr is not None
+  process.stderr.close()
+  assert process.wait(timeout=30) == 76
+
+
+def test_signals_count_though_nobody_reads_stderr(start):
+  process = start(_FULL + """
+      watchman.watch('step 7', 5)
+      print('ready')
+      while not watchman.stopping:
+        pass
+      watchman.watch('compiling', 5, disposable=True)
+      native_call()
+  """)
+  process.send_signal(signal.SIGTERM)
+  assert process.wait(timeout=30) == 75
 
 
 def test_steps_that_return_are_left_alone(start):

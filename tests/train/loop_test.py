@@ -3,14 +3,16 @@ import gzip
 import json
 import os
 import pathlib
+import re
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
 from moellava_jax import checkpoint, config, trees
-from moellava_jax.data import sources
-from moellava_jax.train import loop
+from moellava_jax.data import assemble, counts, sources
+from moellava_jax.train import agree, loop
 from moellava_jax.train import step as step_lib
 from tests import tiny
 
@@ -142,6 +144,65 @@ def test_a_batch_without_targets_is_an_error(finished, tmp_path, monkeypatch):
   run = _copy(finished, tmp_path, without=('moe',))
   with pytest.raises(sources.DataError, match='step 1 has no target token'):
     loop.run(tiny.train_config(run))
+
+
+def test_a_batch_of_dropped_rows_names_what_was_dropped(
+    finished, tmp_path, monkeypatch
+):
+  def drop_all(self, items):
+    notes = [
+        counts.Note(int(n), 'dropped', 'unreadable image', 'own.json row 7')
+        for n in items
+    ]
+    return assemble.fill_row([], self.format), notes
+
+  monkeypatch.setattr(loop.pipeline.Examples, 'read', drop_all)
+  run = _copy(finished, tmp_path, without=('moe',))
+  with pytest.raises(sources.DataError) as error:
+    loop.run(tiny.train_config(run))
+  said = str(error.value)
+  assert 'has no target token: all of its 16 rows are empty' in said
+  assert re.search(
+      r'dropped \d+ rows: unreadable image; .*: own.json row 7', said
+  )
+  assert 'row_length' not in said
+
+
+class _Together(agree.Poll):
+  """Answers late, as where several processes agree."""
+
+  def __init__(self, mesh):
+    super().__init__(mesh)
+    self._alone = False
+
+
+def test_a_checkpoint_that_is_due_by_its_age_is_saved_once(
+    finished, tmp_path, monkeypatch
+):
+  run = _copy(finished, tmp_path, without=('moe',))
+  steps = []
+  save = checkpoint.Stage.save
+  monkeypatch.setattr(
+      checkpoint.Stage,
+      'save',
+      lambda self, step, *args: steps.append(step) or save(self, step, *args),
+  )
+  monkeypatch.setattr(agree, 'Poll', _Together)
+  # Due at every step: what is asked after one is answered after the next.
+  loop.run(
+      tiny.train_config(
+          run, moe__steps=7, checkpoint__every=100, checkpoint__minutes=1e-9
+      )
+  )
+  assert steps == [2, 4, 6]
+
+
+def test_a_save_leaves_a_request_to_stop_pending():
+  poll = _Together(jax.make_mesh((8,), ('data',)))
+  assert poll.after_step(agree.SAVE) == agree.CONTINUE
+  assert poll.after_step(agree.STOP) == agree.SAVE
+  poll.saved()
+  assert poll.after_step(agree.CONTINUE) == agree.STOP
 
 
 def test_running_again_does_nothing(finished, capsys):

@@ -37,7 +37,7 @@ def _flags(run: pathlib.Path) -> list[str]:
   ]
 
 
-def _launch(run: pathlib.Path, processes: int, devices: int) -> str:
+def _launch(run: pathlib.Path, processes: int, devices: int, *more: str) -> str:
   """Trains through the launcher; returns what it prints."""
   done = subprocess.run(
       [
@@ -46,6 +46,7 @@ def _launch(run: pathlib.Path, processes: int, devices: int) -> str:
           f'--cpu-devices={devices}',
           '--',
           *_flags(run),
+          *more,
       ],
       cwd=_ROOT,
       env=_ENV,
@@ -83,9 +84,14 @@ def test_two_processes_train_as_one_and_one_goes_on_where_they_stopped(
     tmp_path,
 ):
   two, one = tmp_path / 'two', tmp_path / 'one'
-  said = _launch(two, processes=2, devices=4)
+  said = _launch(two, 2, 4, '--profile_steps=2')
   assert '[0] preflight: 4 x cpu in 2 processes' in said
   assert '[1] preflight' not in said  # Process 0 speaks for all.
+  traces = list(two.glob('profile/moe/*/**/perfetto_trace.json.gz'))
+  assert {p.relative_to(two).parts[2] for p in traces} == {
+      'process-0',
+      'process-1',
+  }
   _launch(one, processes=1, devices=8)
   assert [(r['stage'], r['step']) for r in _records(one)] == [
       *((stage, step) for stage in _STAGES[:-1] for step in (1, 2)),
