@@ -81,7 +81,10 @@ def batches(
       stage.max_images,
       chat.model.cfg.vision,
       dataclasses.replace(
-          chat.config.data, arrangement='shuffled', decode='exact'
+          chat.config.data,
+          arrangement='shuffled',
+          decode='exact',
+          image_aspect=chat.image_aspect,
       ),
   )
   examples = pipeline.Examples(rows, images_root, fmt, chat.tokenizer)

@@ -192,6 +192,7 @@ class _Ours(NamedTuple):
   leaves: dict[str, Any]
   model: config.ModelConfig
   config: config.TrainConfig
+  stage: str
   tokenizer: str
   path: str
 
@@ -206,6 +207,7 @@ def _load(source: str) -> _Ours:
       trees.flatten(found.params),
       found.config.stage_model(found.stage),
       found.config,
+      found.stage,
       found.tokenizer_dir,
       found.path,
   )
@@ -341,7 +343,7 @@ def _extra(ours: _Ours, planned: list[shards.Planned]) -> dict[str, Any]:
   """What config.json says beside the sizes."""
   added, _ = _vocabulary(ours.tokenizer)
   extra: dict[str, Any] = {
-      'image_aspect_ratio': ours.config.data.image_aspect,
+      'image_aspect_ratio': ours.config.stage_pipeline(ours.stage).image_aspect,
       'torch_dtype': str(planned[0].dtype),
   }
   path = epath.Path(ours.tokenizer) / 'tokenizer_config.json'

@@ -150,6 +150,23 @@ def test_counts_of_a_model_are_those_of_a_router_in_loops(chat, asked):
   assert about['digest'] == chat.digest
 
 
+def test_images_are_those_that_the_model_answers_about(chat, asked, tmp_path):
+  _, questions = asked
+  rows = routing.conversations(questions[:1])
+  wide = Image.radial_gradient('L').resize((90, 30)).convert('RGB')
+
+  wide.save(tmp_path / '0.png')
+
+  def shown(aspect):
+    seen = chat._replace(image_aspect=aspect)
+    (batch,) = routing.batches(seen, rows, str(tmp_path))
+    want_HWC = np.asarray(seen.shrink(wide))
+    np.testing.assert_array_equal(batch.images_BIHWC[0, 0], want_HWC)
+    return want_HWC
+
+  assert (shown('pad') != shown('square')).any()
+
+
 @pytest.fixture(scope='module')
 def folder_of_traces(chat, asked, tmp_path_factory):
   """What an evaluation records, and the same from a router in loops."""

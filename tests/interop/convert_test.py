@@ -67,6 +67,12 @@ def test_a_model_trained_here_is_described_as_the_original_does(tmp_path):
   """Without an origin: names and config.json come from our config."""
   _import('phi_moe_sparse', tmp_path / 'ours', tokenizer=TOKENIZER)
   shutil.rmtree(tmp_path / 'ours' / 'origin')
+  # The stage has an aspect of its own.
+  about = tmp_path / 'ours' / 'config.json'
+  settings = json.loads(about.read_text())
+  settings['data']['image_aspect'] = 'square'
+  settings['moe']['image_aspect'] = 'pad'
+  about.write_text(json.dumps(settings))
   convert.export_original(
       str(tmp_path / 'ours'),
       str(tmp_path / 'back'),
