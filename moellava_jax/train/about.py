@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import math
 import os
+import pathlib
 import platform
 import subprocess
 from typing import Any
@@ -68,6 +69,13 @@ def revision() -> str:
     return git('rev-parse', 'HEAD') + ('+' if changed else '')
   except (OSError, subprocess.CalledProcessError):
     return 'unknown'
+
+
+def could_have_huge_pages() -> bool:
+  """Whether the system gives them to who asks, and glibc was not told."""
+  path = pathlib.Path('/sys/kernel/mm/transparent_hugepage/enabled')
+  told = 'GLIBC_TUNABLES' in os.environ
+  return not told and path.exists() and '[madvise]' in path.read_text()
 
 
 def count(tree: Any) -> int:

@@ -81,6 +81,11 @@ def run(
     return
   data = inputs.read(cfg, todo)
   about.write_run(cfg)
+  if jax.default_backend() == 'cpu' and about.could_have_huge_pages():
+    cluster.say(
+        'Training on a CPU is faster with GLIBC_TUNABLES='
+        'glibc.malloc.hugetlb=1 in the environment; the launchers set it.'
+    )
   watchman.process = jax.process_index()
   for stage in todo:
     with sharding.use(meshes[stage]):

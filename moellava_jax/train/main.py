@@ -23,7 +23,6 @@ process has died.
 """
 
 import os
-import pathlib
 import sys
 
 from absl import app, flags, logging
@@ -101,11 +100,6 @@ def main(argv):
           heartbeat_timeout_s=_HEARTBEAT.value,
       )
       ending.watch()
-      if jax.default_backend() == 'cpu' and _could_have_huge_pages():
-        cluster.say(
-            'Training on a CPU is faster with GLIBC_TUNABLES='
-            'glibc.malloc.hugetlb=1 in the environment; the launchers set it.'
-        )
       profiled = None
       if _PROFILE.value is not None:
         profiled = profiling.parse(_PROFILE.value)
@@ -115,13 +109,6 @@ def main(argv):
       sys.exit(guard.STOPPED)
     except Exception as error:
       ending.fail(error)
-
-
-def _could_have_huge_pages() -> bool:
-  """Whether the system gives them to those who ask, and nobody has."""
-  path = pathlib.Path('/sys/kernel/mm/transparent_hugepage/enabled')
-  asked = os.environ.get('GLIBC_TUNABLES')
-  return asked is None and path.exists() and '[madvise]' in path.read_text()
 
 
 if __name__ == '__main__':
