@@ -42,7 +42,8 @@ FUSE driver in the cluster, and a service account that may read the bucket.
 TEXT
 }
 
-config='' name='' image='' bucket='' accelerator='' topology='' chips='' xla_flags=''
+config='' name='' image='' accelerator='' topology='' chips='' xla_flags=''
+bucket=''
 hosts=1
 slices=1
 restarts=50

@@ -64,7 +64,7 @@ def text(grid: grids.Grid, table: ablation_table.Table, source: Source) -> str:
     said += f' of {above + equal + below} benchmarks'
     said += f', equal on {equal}' if equal else ''
     claims.append(
-        f'- Paper: {said}. Here:' f' {_here(grid, source, better, worse)}.\n'
+        f'- Paper: {said}. Here: {_here(grid, source, better, worse)}.\n'
     )
   return ''.join([*lines, '\n', *claims])
 

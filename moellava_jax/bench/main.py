@@ -76,7 +76,8 @@ def _layers(suite: str, repeats: int, smoke: bool) -> list[Case]:
   elif suite == 'cpu':
     layers = [
         moe_layer.Case(256, 1024, 'gelu_tanh', experts, tokens, 'float32')
-        for tokens, experts in ((1024, 4), (4096, 4), (4096, 8), (16384, 4))
+        for tokens in (1024, 4096, 16384)
+        for experts in (4, 8)
     ]
   else:
     layers = [
