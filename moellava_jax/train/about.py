@@ -71,9 +71,11 @@ def revision() -> str:
     return 'unknown'
 
 
-def could_have_huge_pages() -> bool:
+def could_have_huge_pages(
+    setting: str = '/sys/kernel/mm/transparent_hugepage/enabled',
+) -> bool:
   """Whether the system gives them to who asks, and glibc was not told."""
-  path = pathlib.Path('/sys/kernel/mm/transparent_hugepage/enabled')
+  path = pathlib.Path(setting)
   told = 'GLIBC_TUNABLES' in os.environ
   return not told and path.exists() and '[madvise]' in path.read_text()
 

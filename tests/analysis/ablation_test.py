@@ -344,6 +344,20 @@ def test_of_two_that_want_the_same_job_one_runs_it(tmp_path):
   assert ran.read_text() == 'ran\n'
 
 
+@pytest.mark.parametrize('told', [None, 'glibc.malloc.hugetlb=0'])
+def test_jobs_have_huge_pages_unless_told_otherwise(
+    tmp_path, monkeypatch, told
+):
+  monkeypatch.delenv('GLIBC_TUNABLES', raising=False)
+  if told:
+    monkeypatch.setenv('GLIBC_TUNABLES', told)
+  log = tmp_path / 'job.log'
+  command = ('printenv', 'GLIBC_TUNABLES')
+  job = ablation_jobs.Job('a', command, log, (), log.exists, lambda: None)
+  assert ablation_jobs.Runner([{}], lambda *_: None).run([job]) == {}
+  assert log.read_text().split()[-1] == (told or 'glibc.malloc.hugetlb=1')
+
+
 def test_launch_scripts_take_the_flags_of_training():
   cell, *_ = ablation_plan.cells(grids.get('table5', True), SHAPES, [0], {})
   launch = ('bash', 'launch/local.sh')

@@ -59,6 +59,7 @@ def test_dry_run_of_the_quickstart(tmp_path):
   ]
   counts = [len(shell.commands(done.stdout, module)) for module in modules]
   assert counts == [1, 2, 1, 1]
+  assert 'export GLIBC_TUNABLES=glibc.malloc.hugetlb=1' in done.stdout
   assert f'--config.workdir={tmp_path}/a b' in (
       shell.commands(done.stdout, modules[0])[0]
   )
