@@ -20,7 +20,7 @@ from moellava_jax.model import attention, llava, moe
 class State(NamedTuple):
   """Rows that are being answered."""
 
-  cache: tuple[attention.KVCache, ...]  # One per layer, `[B, K, S, d]`.
+  cache: tuple[attention.KVCache, ...]  # One per layer.
   token_B: jax.Array  # int32, the newest token; not in the cache yet.
   position_B: jax.Array  # int32, where it belongs.
   count_B: jax.Array  # int32, tokens chosen so far.
@@ -184,11 +184,11 @@ def place(state: State, mesh: jax.sharding.Mesh) -> State:
 
   The same before and after a step, so that its buffers can be reused.
   """
-  rows, heads = state.cache[0].k_BKSd.shape[:2]
-  where = rows_sharding(mesh, rows)
+  where = rows_sharding(mesh, len(state.token_B))
   axes = where.spec[0] if where.spec else None
+  *rows, heads, _, _ = state.cache[0].k_BKSd.shape
   split = 'tensor' if heads % mesh.shape['tensor'] == 0 else None
-  of_cache = NamedSharding(mesh, PartitionSpec(axes, split))
+  of_cache = NamedSharding(mesh, PartitionSpec(*[axes for _ in rows], split))
   constrain = jax.lax.with_sharding_constraint
   return State(
       jax.tree.map(lambda x: constrain(x, of_cache), state.cache),

@@ -165,8 +165,18 @@ def _advance(
         routed,
     )
 
+  def with_cache(run, change):
+    state = run.state
+    if len(done_B) > 1:
+      return run
+    cache = jax.tree.map(change, state.cache)
+    return run._replace(state=state._replace(cache=cache))
+
   run = run._replace(done_B=run.done_B | done_B)
-  return jax.lax.while_loop(unfinished, go_on, run)
+  # See `attention.KVCache`.
+  run = with_cache(run, lambda x_1KSd: x_1KSd[0])
+  run = jax.lax.while_loop(unfinished, go_on, run)
+  return with_cache(run, lambda x_KSd: x_KSd[None])
 
 
 class Batch:

@@ -14,7 +14,8 @@ class KVCache(NamedTuple):
   """Keys (rotated) and values of one layer; slot n holds position n.
 
   Heads come before positions, as the products read them: the other way round,
-  every step would transpose the whole cache.
+  every step would transpose the whole cache. One row may come without its axis,
+  `[K, S, d]`: with it, XLA's CPU copies the cache six times a step.
   """
 
   k_BKSd: jax.Array
@@ -25,6 +26,20 @@ def _attend_causally(q_BTHd, k_BTKd, v_BTKd, seen: dot_product.Causal):
   """Attention to the keys of these rows, not to a cache."""
   by = flash.attend if seen.by == 'flash' else dot_product.attend_causal
   return by(q_BTHd, k_BTKd, v_BTKd, seen.segment_ids_BT)
+
+
+def _write(
+    old_BKSd: jax.Array, new_BTKd: jax.Array, positions_BT: jax.Array
+) -> jax.Array:
+  new_BTKd = new_BTKd.astype(old_BKSd.dtype)
+  if old_BKSd.ndim == 3:
+    new_KTd = new_BTKd[0].transpose(1, 0, 2)
+    where = (0, positions_BT[0, 0], 0)
+    return jax.lax.dynamic_update_slice(old_BKSd, new_KTd, where)
+  rows = jnp.arange(len(new_BTKd))[:, None]
+  return old_BKSd.at[rows, :, positions_BT].set(
+      new_BTKd, unique_indices=True, indices_are_sorted=True
+  )
 
 
 class Attention(nn.Module):
@@ -76,21 +91,17 @@ class Attention(nn.Module):
       else:
         out_BTHd = dot_product.attend(q_BTHd, k_BTKd, v_BTKd, seen)
       return self._output(out_BTHd, x_BTD.shape[-1]), None
-    rows = jnp.arange(x_BTD.shape[0])[:, None]
-
-    def write(old, new_BTKd):
-      return old.at[rows, :, positions_BT].set(
-          new_BTKd.astype(old.dtype),
-          unique_indices=True,
-          indices_are_sorted=True,
-      )
-
-    cache = KVCache(write(cache.k_BKSd, k_BTKd), write(cache.v_BKSd, v_BTKd))
+    cache = KVCache(
+        _write(cache.k_BKSd, k_BTKd, positions_BT),
+        _write(cache.v_BKSd, v_BTKd, positions_BT),
+    )
     if isinstance(seen, dot_product.Causal):
       out_BTHd = _attend_causally(q_BTHd, k_BTKd, v_BTKd, seen)
     else:
       k_BKSd, v_BKSd = (x.astype(self.dtype) for x in cache)
-      out_BTHd = dot_product.attend(q_BTHd, k_BKSd, v_BKSd, seen, keys='BKSd')
+      out_BTHd = dot_product.attend(
+          q_BTHd, k_BKSd, v_BKSd, seen, keys='BKSd'[-k_BKSd.ndim :]
+      )
     return self._output(out_BTHd, x_BTD.shape[-1]), cache
 
   def _project(self, x_BTD, name, heads, axis):

@@ -121,7 +121,7 @@ class Llava(nn.Module):
     if cache is None or cache_is_empty:
       seen = self._seen(segment_ids_BT)
     else:
-      slots = cache[0].k_BKSd.shape[2]
+      slots = cache[0].k_BKSd.shape[-2]
       seen = dot_product.cache_mask(positions_BT, slots)
     out = self.llm(
         x_BTD,
