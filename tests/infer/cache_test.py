@@ -49,7 +49,7 @@ def test_a_step_copies_no_cache(rows):
   size = caches[0].size
   made = [
       operation
-      for shape, operation in _RESULT.findall(program.as_text())
+      for shape, operation in _RESULT.findall(str(program.as_text()))
       if np.prod([int(n) for n in shape.split(',')]) == size
   ]
   # Bitcasts and elements of tuples are other names of the same memory; what is
