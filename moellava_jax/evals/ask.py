@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Puts the questions of a file to a model; resumable."""
 
-from collections.abc import Sequence
+import collections
+from collections.abc import Iterable, Sequence
 import hashlib
 import itertools
 import json
@@ -25,9 +26,18 @@ class Settings(NamedTuple):
 
 
 def check_images(
-    questions: Sequence[base.Question], images_root: str | None
+    questions: Iterable[base.Question],
+    images_root: str | None,
+    listing: pathlib.Path | None = None,
 ) -> None:
-  """Raises EvalError unless every image of the questions is a file."""
+  """Raises EvalError unless every image of the questions is a file.
+
+  Args:
+    questions: of all files.
+    images_root: where the images are.
+    listing: is written with a line for each that is missing, and removed if
+      none is.
+  """
   names = dict.fromkeys(name for q in questions for name in q.images)
   if not names:
     return
@@ -36,10 +46,18 @@ def check_images(
         'The questions have images; give their root as --images=DIR.'
     )
   root = pathlib.Path(images_root)
-  if missing := [name for name in names if not (root / name).is_file()]:
-    raise base.EvalError(
-        f'{root}: of {len(names)} images, missing: {base.listed(missing)}.'
-    )
+  missing = [name for name in names if not (root / name).is_file()]
+  if not missing:
+    if listing is not None:
+      listing.unlink(missing_ok=True)
+    return
+  message = f'{root}: of {len(names)} images, missing: {base.listed(missing)}.'
+  if listing is not None:
+    listing.parent.mkdir(parents=True, exist_ok=True)
+    text = ''.join(f'{name}\n' for name in missing)
+    listing.write_text(text, encoding='utf-8')
+    message += f' All of them are listed in {listing}.'
+  raise base.EvalError(message)
 
 
 def check_prompts(
@@ -161,11 +179,12 @@ def ask(
   mine = range(len(rows))
   if shard is not None:
     mine = shard.mine(len(rows), settings.batch_size)
-  pending = [i for i in mine if _key(rows[i]) not in done]
+  firsts = _firsts(rows)
+  pending = [i for i in mine if i in firsts and _key(rows[i]) not in done]
   traces_at = None
   if settings.routing_trace:
     traces_at = traces.folder(whole)
-    _check_traced(traces_at, rows, done)
+    _check_traced(traces_at, [(i, rows[i]) for i in sorted(firsts)], done)
   with (
       progress.bar(path.name, len(mine), len(mine) - len(pending)) as advance,
       path.open('a', encoding='utf-8') as file,
@@ -205,7 +224,8 @@ def collect(
     None if other processes have not answered all of theirs yet.
   """
   path = pathlib.Path(answers_path)
-  if shard is None and len(parts.files(path)) == 1:
+  alone = shard is None and len(parts.files(path)) == 1
+  if alone and len(_firsts(rows)) == len(rows):
     return base.read_answers(path)
   found = _answered(path, rows)
   if any(_key(row) not in found for row in rows):
@@ -217,15 +237,15 @@ def collect(
 
 def _check_traced(
     where: pathlib.Path,
-    rows: Sequence[base.Answer],
+    rows: Sequence[tuple[int, base.Answer]],
     done: set[tuple[int | str, str]],
 ) -> None:
   """Raises EvalError if an answer is there, but not its expert choices."""
-  about = rows[0].metadata
+  about = rows[0][1].metadata
   traced = traces.questions(where, about['digest'], about['control'])
   lacking = [
       row.question_id
-      for i, row in enumerate(rows)
+      for i, row in rows
       if _key(row) in done and i not in traced
   ]
   if lacking:
@@ -357,6 +377,14 @@ def _key(row: base.Answer) -> tuple[int | str, str]:
   return row.question_id, row.prompt
 
 
+def _firsts(rows: Sequence[base.Answer]) -> set[int]:
+  """The rows that are asked: those that repeat one have its answer."""
+  found: dict[tuple[int | str, str], int] = {}
+  for i, row in enumerate(rows):
+    found.setdefault(_key(row), i)
+  return set(found.values())
+
+
 def _answered(
     path: pathlib.Path, rows: Sequence[base.Answer]
 ) -> dict[tuple[int | str, str], bytes]:
@@ -366,18 +394,19 @@ def _answered(
     EvalError: a file is not of this very run.
   """
   expected = {_key(row): row for row in rows}
+  times = collections.Counter(map(_key, rows))
   found: dict[tuple[int | str, str], bytes] = {}
   for file in parts.files(path):
-    here = set()
+    here: collections.Counter[tuple[int | str, str]] = collections.Counter()
     for where, line, answer in parts.lines(file):
       key = _key(answer)
       _check_same(answer, expected.get(key), where)
-      if key in here:
+      here[key] += 1
+      if here[key] > times[key]:
         raise base.EvalError(
             f'{where}: question {answer.question_id!r} is answered twice;'
             ' remove one of the lines.'
         )
-      here.add(key)
       if found.setdefault(key, line) != line:
         raise base.EvalError(
             f'{where}: question {answer.question_id!r} is answered otherwise in'

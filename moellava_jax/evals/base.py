@@ -11,7 +11,7 @@ A score is a function of a question file and an answers file alone; it can be
 recomputed without a model.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 import dataclasses
 import json
 import os
@@ -59,7 +59,7 @@ class Answer(NamedTuple):
   text: str
   answer_id: str
   model_id: str
-  metadata: dict[str, Any]  # Empty in files of the original.
+  metadata: dict[str, Any]  # Of the original: {} or {'round_id'}.
 
 
 def listed(items: Sequence[Any]) -> str:
@@ -189,6 +189,13 @@ def _id(row: dict[str, Any], where: str) -> int | str:
   return value
 
 
+def _round_id(row: dict[str, Any], where: str) -> int:
+  value = row['round_id']
+  if isinstance(value, bool) or not isinstance(value, int):
+    raise EvalError(f'{where}: round_id {value!r} is no integer.')
+  return value
+
+
 def read_answers(path: str | os.PathLike[str]) -> list[Answer]:
   """Reads an answers file of ours or of the original.
 
@@ -208,6 +215,9 @@ def parse_answers(data: bytes, path: str | os.PathLike[str]) -> list[Answer]:
           f'{where}: an answer has a "question_id" and a string "text"; this'
           f' line has {sorted(row)}.'
       )
+    metadata = row.get('metadata') or {}
+    if 'round_id' in row:  # Of MMBench; the original has it outside.
+      metadata = {**metadata, 'round_id': _round_id(row, where)}
     answers.append(
         Answer(
             question_id=_id(row, where),
@@ -215,10 +225,29 @@ def parse_answers(data: bytes, path: str | os.PathLike[str]) -> list[Answer]:
             text=row['text'],
             answer_id=row.get('answer_id', ''),
             model_id=row.get('model_id', ''),
-            metadata=row.get('metadata') or {},
+            metadata=metadata,
         )
     )
   return answers
+
+
+def check_asked(
+    annotated: Iterable[Any],
+    asked: Container[Any],
+    questions_path: str,
+    annotations: str,
+) -> None:
+  """Raises EvalError unless all that is annotated is asked.
+
+  The score of some questions would pass for that of the benchmark.
+  """
+  ids = list(annotated)
+  if missing := [i for i in ids if i not in asked]:
+    raise EvalError(
+        f'{questions_path}: no question for {listed(missing)} of the'
+        f' {len(ids)} in {annotations}; a part is not scored. Give the question'
+        ' file that asks all of them.'
+    )
 
 
 def check_complete(

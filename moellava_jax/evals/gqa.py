@@ -47,7 +47,8 @@ def load(
   are choices.
 
   Raises:
-    EvalError: a file is missing or malformed, or a question not annotated.
+    EvalError: a file is missing or malformed, a question not annotated, or one
+      that is balanced not asked.
   """
   if annotations is None:
     raise base.EvalError(
@@ -68,6 +69,12 @@ def load(
         f'{annotations}: no entry for questions {base.listed(unknown)} of'
         f' {questions_path}.'
     )
+  base.check_asked(
+      [i for i, entry in official.items() if entry['isBalanced']],
+      {q.question_id for q in questions},
+      questions_path,
+      annotations,
+  )
   loaded = []
   for question in questions:
     entry = official[question.question_id]

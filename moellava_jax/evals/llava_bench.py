@@ -39,7 +39,8 @@ def load(
   the image.
 
   Raises:
-    EvalError: a file is missing or malformed, or lacks something.
+    EvalError: a file is missing or malformed, or lacks something, or a question
+      with a reference is not asked.
   """
   if annotations is None:
     raise base.EvalError(
@@ -78,6 +79,12 @@ def load(
   }
   if found := [f'{k}: {base.listed(v)}' for k, v in lacking.items() if v]:
     raise base.EvalError(f'{folder}: questions without a {"; ".join(found)}.')
+  base.check_asked(
+      references,
+      {q.question_id for q in questions},
+      questions_path,
+      f'{folder}/answers_gpt4.jsonl',
+  )
   return {
       pathlib.Path(questions_path).stem: [
           dataclasses.replace(

@@ -4,7 +4,9 @@
 arXiv 2307.06281. --questions is the official .tsv, such as
 `mmbench_dev_20230712.tsv` or `mmbench_dev_cn_20231003.tsv`, with the images in
 it. Circular evaluation: row `index + n * 1000000` is question `index` with its
-options moved on, and a question is right if all its rows are. Answers are read
+options moved on, and a question is right if all its rows are. A file without
+any moved row is scored by its first pass alone, unless --answers are of LLaVA's
+`--all-rounds`, which moves the options itself. Answers are read
 by VLMEvalKit's rules (`mcq_circular_eval`, `exact_matching`); one that names
 no option by them is wrong, unless a language model is asked (--judge_url), as
 the server of MMBench does.
@@ -14,6 +16,8 @@ Answers to the test set are known to that server only: it takes the .xlsx that
 """
 
 from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import itertools
 import pathlib
 from typing import Any
 
@@ -21,6 +25,7 @@ from moellava_jax.evals import base, judge, options, prompts, tsv, xlsx
 
 MAX_NEW_TOKENS = 1024  # As LLaVA's runner.
 _ROLL = 10**6
+_ROUND = 10**9  # The same of `--all-rounds`; beyond all rows of a file.
 _LETTERS = 'ABCD'  # What LLaVA's runner asks.
 _NEEDED = ('question', 'A', 'B')
 _DROPPED = ('hint', 'category', 'source', 'comment', 'l2-category')
@@ -65,7 +70,8 @@ def load(
   """Returns the rows of a .tsv under its stem; `extra` is the row.
 
   Raises:
-    EvalError: the file is missing or malformed.
+    EvalError: the file is missing or malformed, or has some rows of a question
+      only.
   """
   return _load(questions_path, annotations, prompts.LETTER)
 
@@ -104,27 +110,111 @@ def _load(
             extra=row,
         )
     )
+  _is_circular(questions, path)
   return {pathlib.Path(path).stem: questions}
 
 
 def _asked(row: tsv.Row) -> str:
-  """Hint, question and options, without the last line.
-
-  LLaVA's runner stops at the first option that is missing or called `none`.
-  """
+  """Hint, question and options, without the last line."""
   lines = [row['question'] or '']
   hint = row.get('hint')
   if not _is_none(hint):
     lines.insert(0, hint or '')
-  for letter in _LETTERS:
-    if _is_none(row.get(letter)):
-      break
-    lines.append(f'{letter}. {row[letter]}')
+  lines += [f'{letter}. {text}' for letter, text in _shown(row).items()]
   return '\n'.join(lines)
+
+
+def _shown(row: tsv.Row) -> dict[str, str | None]:
+  """The options up to the first that is missing or called `none`.
+
+  These are what LLaVA's runner asks, and moves in `--all-rounds`.
+  """
+  letters = itertools.takewhile(lambda x: not _is_none(row.get(x)), _LETTERS)
+  return {letter: row[letter] for letter in letters}
 
 
 def _is_none(text: str | None) -> bool:
   return text is None or text.lower() in ('nan', 'none')
+
+
+def _rolls(
+    questions: Sequence[base.Question],
+) -> dict[int, list[base.Question]]:
+  """The rows of each question."""
+  found: dict[int, list[base.Question]] = {}
+  for question in questions:
+    found.setdefault(int(question.question_id) % _ROLL, []).append(question)
+  return found
+
+
+def _is_circular(questions: Sequence[base.Question], name: str) -> bool:
+  """Whether every question has a row for each of its options, or one.
+
+  Raises:
+    EvalError: some rows of a question are missing.
+  """
+  rolls = _rolls(questions)
+  mains = {
+      i: q for i, rows in rolls.items() for q in rows if q.question_id == i
+  }
+  if lonely := [i for i in rolls if i not in mains]:
+    raise base.EvalError(f'{name}: moved rows without the question: {lonely}.')
+  lacking = [
+      i for i, rows in rolls.items() if len(rows) < len(_shown(mains[i].extra))
+  ]
+  if lacking and len(rolls) < len(questions):
+    raise base.EvalError(
+        f'{name}: fewer rows than options: {base.listed(lacking)}. Give the'
+        f' whole file, with row index + n * {_ROLL} for each further option, or'
+        ' one without any such row, which is scored by its first pass alone.'
+    )
+  return not lacking
+
+
+def _by_round(
+    questions: Mapping[str, Sequence[base.Question]],
+    answers: Mapping[str, Sequence[base.Answer]],
+) -> tuple[dict[str, Sequence[base.Question]], dict[str, list[base.Answer]]]:
+  """Both with a row for each round, if the answers are of `--all-rounds`.
+
+  Each round LLaVA's runner asks a row with its options moved on by one more.
+  """
+  ((key, group),) = questions.items()
+  said = list(answers[key])
+  if any(_round(answer) for answer in said):
+    group = [_moved(q, n) for q in group for n in range(len(_shown(q.extra)))]
+    said = [_as_row(answer) for answer in said]
+  return {key: group}, {key: said}
+
+
+def _round(answer: base.Answer) -> int:
+  return answer.metadata.get('round_id', 0)
+
+
+def _as_row(answer: base.Answer) -> base.Answer:
+  """With the id of the row that `_moved` makes of the question."""
+  if not isinstance(answer.question_id, int):
+    return answer  # Not of MMBench, as will be said.
+  row = answer.question_id + _round(answer) * _ROUND
+  return answer._replace(question_id=row)
+
+
+def _moved(question: base.Question, count: int) -> base.Question:
+  """The row with its options moved on by `count`."""
+  before = _shown(question.extra)
+  letters, texts = [*before], [*before.values()]
+  moved = dict(zip(letters, texts[count:] + texts[:count], strict=True))
+  extra, answer = {**question.extra, **moved}, question.answer
+  if answer in letters:
+    answer = letters[letters.index(answer) - count]
+  ask = question.text.removeprefix(_asked(question.extra))
+  return dataclasses.replace(
+      question,
+      question_id=int(question.question_id) + count * _ROUND,
+      text=_asked(extra) + ask,
+      answer=answer,
+      extra=extra,
+  )
 
 
 def texts_of(
@@ -148,13 +238,15 @@ def score(
     `{accuracy, first_pass, questions_circular, rows, unclear, l2-category,
     category}`: `accuracy` is circular, `first_pass` that of the unmoved rows by
     the rules; `unclear` answers name no option by them; the last two are tables
-    of `{name: {accuracy, questions}}`.
+    of `{name: {accuracy, questions}}`. Of unmoved rows alone `{first_pass, rows,
+    unclear, l2-category, category}`, and `first_pass` for `accuracy` in the
+    tables.
 
   Raises:
     EvalError: the answers are not those of exactly these questions.
     UnscoredError: the questions are of a test set, without answers.
   """
-  return _score(questions, answers, lambda _, known: known)
+  return _score(*_by_round(questions, answers), lambda _, known: known)
 
 
 def requests(
@@ -162,6 +254,7 @@ def requests(
     answers: Mapping[str, Sequence[base.Answer]],
 ) -> list[judge.Request]:
   """What `grade` asks first."""
+  questions, answers = _by_round(questions, answers)
   asked: list[judge.Request] = []
 
   def note(rows: Sequence[base.Question], known: dict[int | str, str | None]):
@@ -184,6 +277,7 @@ def grade(
   Where it does not name an option either in three tries, the official script
   draws one; here the answer is wrong.
   """
+  questions, answers = _by_round(questions, answers)
   ((key, group),) = questions.items()
   texts = texts_of(group, answers[key])
 
@@ -231,11 +325,7 @@ def _score(
       for q in group
   }
   unclear = [q for q in group if letters[q.question_id] is None]
-  rolls: dict[int, list[base.Question]] = {}
-  for question in group:
-    rolls.setdefault(int(question.question_id) % _ROLL, []).append(question)
-  if lonely := [i for i in rolls if i not in letters]:
-    raise base.EvalError(f'{key}: moved rows without the question: {lonely}.')
+  circular, rolls = _is_circular(group, key), _rolls(group)
   mains = [q for q in group if q.question_id in rolls]
   first = [letters[q.question_id] == q.answer for q in mains]
   lost = {
@@ -250,18 +340,24 @@ def _score(
       i: all(letters[q.question_id] == q.answer for q in rows)
       for i, rows in rolls.items()
   }
+  rate = 'accuracy' if circular else 'first_pass'
+  found: dict[str, Any] = {rate: sum(hits.values()) / len(hits)}
+  if circular:
+    found['first_pass'] = sum(first) / len(first)
+    found['questions_circular'] = len(hits)
   return {
-      'accuracy': sum(hits.values()) / len(hits),
-      'first_pass': sum(first) / len(first),
-      'questions_circular': len(hits),
+      **found,
       'rows': len(group),
       'unclear': len(unclear),
-      **{name: _table(mains, hits, name) for name in _GROUPS},
+      **{name: _table(mains, hits, name, rate) for name in _GROUPS},
   }
 
 
 def _table(
-    mains: Sequence[base.Question], hits: Mapping[int, bool], name: str
+    mains: Sequence[base.Question],
+    hits: Mapping[int, bool],
+    name: str,
+    rate: str,
 ) -> dict[str, Any]:
   groups: dict[str, list[bool]] = {}
   for question in mains:
@@ -269,7 +365,7 @@ def _table(
         hits[int(question.question_id)]
     )
   return {
-      group: {'accuracy': sum(found) / len(found), 'questions': len(found)}
+      group: {rate: sum(found) / len(found), 'questions': len(found)}
       for group, found in sorted(groups.items())
   }
 
@@ -285,6 +381,11 @@ def submission(
     EvalError: the answers are not those of exactly these questions.
   """
   ((key, group),) = questions.items()
+  if any(_round(answer) for answer in answers[key]):
+    raise base.EvalError(
+        'The .xlsx has one answer to a row; those of --all-rounds are several.'
+        ' Drop --submission, or answer the file with the moved rows in it.'
+    )
   texts = texts_of(group, answers[key])
   columns = [name for name in group[0].extra if name not in _DROPPED]
   columns.insert(_PREDICTION_COLUMN, 'prediction')

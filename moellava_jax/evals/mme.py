@@ -60,7 +60,7 @@ def load(
 
   Raises:
     EvalError: a file is missing or malformed, a question has no answer, an
-      image not two questions, or a task is absent or unknown.
+      image not two questions, or a task or an image is absent or unknown.
   """
   if annotations is None:
     raise base.EvalError(
@@ -84,6 +84,12 @@ def load(
         f'{questions_path}: tasks that are absent or unknown: {wrong}; a total'
         ' over other tasks would be no MME score.'
     )
+  base.check_asked(
+      dict.fromkeys((task, image) for task, image, _ in official),
+      {_image(q) for q in questions},
+      questions_path,
+      annotations,
+  )
   return {pathlib.Path(questions_path).stem: questions}
 
 
@@ -112,14 +118,19 @@ def read_answers(folder: str) -> dict[tuple[str, str, str], str]:
   return found
 
 
+def _image(question: base.Question) -> tuple[str, str]:
+  """The task and the name of the image without suffix."""
+  task, _, name = str(question.question_id).rpartition('/')
+  return task.split('/')[0], name.split('.')[0]
+
+
 def _annotated(
     question: base.Question,
     official: Mapping[tuple[str, str, str], str],
     folder: str,
 ) -> base.Question:
   """With its official words, restored as LLaVA's converter restores them."""
-  task, _, name = str(question.question_id).rpartition('/')
-  task, name = task.split('/')[0], name.split('.')[0]
+  task, name = _image(question)
   text = question.text.replace(prompts.SHORT, '').strip()
   if _ENDING.strip() not in text:
     # Some questions have two spaces before the ending.

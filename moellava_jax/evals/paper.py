@@ -25,7 +25,6 @@ _COLUMNS = (
     ('LLaVA-W', 'llava_bench', ('all', 'ratio'), 1),
     ('MM-Vet', 'mmvet', ('total',), 1),
 )
-_SERVER = 'server'  # The score of a server, in points, comes first.
 _POPE = ('adversarial', 'popular', 'random')
 _RATES = ('accuracy', 'f1', 'yes_ratio')
 _BILLION = 1e9
@@ -149,7 +148,7 @@ def record(path: pathlib.Path, text: str) -> None:
     )
   before = scores.read(path) if path.exists() else {}
   entry = before.get(model, {}).get('none', {}).get(benchmark, {})
-  scores.merge(path, model, 'none', benchmark, {**entry, _SERVER: value})
+  scores.merge(path, model, 'none', benchmark, {**entry, scores.SERVER: value})
 
 
 def _mean_f1(entries: Mapping[str, Any]) -> float | None:
@@ -161,11 +160,11 @@ def _mean_f1(entries: Mapping[str, Any]) -> float | None:
 
 def row_3(entries: Mapping[str, Any]) -> list[str]:
   """Cells of Table 3; '-' for what is missing."""
-  count = activated(entries)
-  cells = ['-' if count is None else f'{count:.1f}', '-']
+  count, size = activated(entries), _first(entries, 'image_size')
+  cells = ['-' if count is None else f'{count:.1f}', str(size or '-')]
   for _, benchmark, path, factor in _COLUMNS:
     entry = entries.get(benchmark, {})
-    value = entry.get(_SERVER)
+    value = entry.get(scores.SERVER)  # Comes first.
     if value is None and benchmark == 'pope':
       value = _mean_f1(entries)
     elif value is None and path:
@@ -188,9 +187,15 @@ def row_4(entries: Mapping[str, Any]) -> list[str]:
 
 
 def activated(entries: Mapping[str, Any]) -> float | None:
-  """Billions of parameters that a token uses, from any benchmark's entry."""
-  counts = [e.get('activated_parameters') for e in entries.values()]
-  return next((count / _BILLION for count in counts if count), None)
+  """Billions of parameters that a token uses."""
+  count = _first(entries, 'activated_parameters')
+  return None if count is None else count / _BILLION
+
+
+def _first(entries: Mapping[str, Any], name: str) -> int | None:
+  """A fact about the model, from any benchmark's entry."""
+  values = (entry.get(name) for entry in entries.values())
+  return next((value for value in values if value), None)
 
 
 def published() -> dict[str, tuple[float, float]]:

@@ -3,6 +3,8 @@
 
 from collections.abc import Mapping, Sequence
 import dataclasses
+import hashlib
+import json
 import math
 import os
 import pathlib
@@ -156,8 +158,12 @@ def _check_generation(
           f' {name!r}; evaluate them into different --out directories.'
       )
     names[name] = path
+  ask.check_images(
+      [q for group in questions.values() for q in group],
+      options.images,
+      pathlib.Path(options.out) / 'missing_images.txt',
+  )
   for group in questions.values():
-    ask.check_images(group, options.images)
     for control in options.control:
       controls.shown_images([n for q in group for n in q.images], control)
   return names
@@ -221,6 +227,7 @@ def _evaluate_model(
         'model': path,
         'digest': chat.digest,
         'activated_parameters': activated(chat.params, chat.model.cfg),
+        'image_size': chat.model.cfg.vision.image_size,
         **_shown_as(options.image_aspect),
     }
     try:
@@ -264,7 +271,12 @@ def _score_answers(options: Options, questions: benchmarks.Questions) -> None:
     )
   ((name, control, digest, aspect),) = sources
   source = {'model': None, 'digest': digest, **_shown_as(aspect)}
-  _report(name, control, options, questions, answers, source)
+  try:
+    _report(name, control, options, questions, answers, source)
+  except base.UnscoredError as e:
+    if options.submission is None:
+      raise
+    print(f'{name}, control {control}: {e}')
 
 
 def _answer_files(paths: Sequence[str], keys: Sequence[str]) -> dict[str, str]:
@@ -300,6 +312,7 @@ def _report(
   entry = {
       **_scores(options, questions, answers),
       'questions': sum(map(len, questions.values())),
+      'answers': _digest(answers),
       **source,
   }
   if options.protocol != 'llava':
@@ -312,6 +325,15 @@ def _report(
     scores.merge(
         pathlib.Path(options.out) / 'scores.json', name, control, key, entry
     )
+
+
+def _digest(answers: benchmarks.Answers) -> str:
+  """Tells answers apart; the same for a file of ours and of the original."""
+  texts = sorted(
+      sorted((str(a.question_id), a.text) for a in group)
+      for group in answers.values()
+  )
+  return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
 
 
 def _shown_as(aspect: str | None) -> dict[str, str]:

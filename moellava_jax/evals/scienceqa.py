@@ -62,11 +62,7 @@ def load(
     )
   problems = read_problems(annotations, 'test')
   asked = _read_conversations(questions_path)
-  if missing := [key for key in problems if key not in asked]:
-    raise base.EvalError(
-        f'{questions_path}: no question for {base.listed(missing)} of the'
-        f' {len(problems)} test problems of {annotations}.'
-    )
+  base.check_asked(problems, asked, questions_path, annotations)
   questions = [
       base.Question(
           question_id=key,

@@ -9,6 +9,8 @@ from typing import Any
 
 from moellava_jax.evals import base
 
+SERVER = 'server'  # The score that a server gave, in points.
+_OF_MODEL = ('model', 'activated_parameters', 'image_size')
 _WIDEST = 200
 
 
@@ -41,17 +43,43 @@ def merge(
 ) -> None:
   """Puts one entry into `path`, keeping the others; atomic.
 
+  Of the entry that it replaces stays what is as true of the new one: what
+  answers alone do not tell of a model, and the score that a server gave to the
+  same answers.
+
   Raises:
     EvalError: the file there is no scores.json.
   """
   path = pathlib.Path(path)
   scores = read(path) if path.exists() else {}
   by_control = scores.setdefault(model, {})
-  by_control.setdefault(control, {})[benchmark] = dict(entry)
+  entries = by_control.setdefault(control, {})
+  entries[benchmark] = {**entry, **_kept(entries.get(benchmark, {}), entry)}
   path.parent.mkdir(parents=True, exist_ok=True)
   new = path.with_name(f'{path.name}.{os.getpid()}.tmp')
   new.write_text(json.dumps(scores, indent=1) + '\n', encoding='utf-8')
   os.replace(new, path)
+
+
+def _kept(
+    before: Mapping[str, Any], entry: Mapping[str, Any]
+) -> dict[str, Any]:
+  """What `merge` keeps of the entry `before` and `entry` does not have."""
+  names = []
+  if (
+      entry.get('digest') is not None
+      and before.get('digest') == entry['digest']
+  ):
+    names += _OF_MODEL
+  # Entries of earlier versions do not say of which answers they are.
+  known = 'answers' if 'answers' in before else 'digest'
+  if before.get(known, entry.get(known)) == entry.get(known):
+    names.append(SERVER)
+  return {
+      name: before[name]
+      for name in names
+      if name in before and entry.get(name) is None
+  }
 
 
 def show(title: str, entry: Mapping[str, Any]) -> None:

@@ -5,9 +5,11 @@ arXiv 1904.08920, validation set 0.5.1, scored as LLaVA's `eval_textvqa.py` and
 `TextVQAAccuracyEvaluator` score it. --questions is
 `llava_textvqa_val_v051_ocr.jsonl`, whose question_id is that of the image, so
 that a question is known by it and by its words; --annotations is
-`TextVQA_0.5.1_val.json`, with ten answers to each.
+`TextVQA_0.5.1_val.json`, with ten answers to each. A line that occurs several
+times is scored as often.
 """
 
+import collections
 from collections.abc import Mapping, Sequence
 import dataclasses
 import pathlib
@@ -33,7 +35,8 @@ def load(
   """Returns the questions, annotations in `extra`, under their file's stem.
 
   Raises:
-    EvalError: a file is missing or malformed, or a question not annotated.
+    EvalError: a file is missing or malformed, a question not annotated, or an
+      annotation not asked.
   """
   if annotations is None:
     raise base.EvalError(
@@ -47,6 +50,12 @@ def load(
     questions.append(
         dataclasses.replace(question, extra={**question.extra, **found})
     )
+  base.check_asked(
+      annotated,
+      {(q.question_id, question_of(q.text)) for q in questions},
+      questions_path,
+      annotations,
+  )
   return {pathlib.Path(questions_path).stem: questions}
 
 
@@ -141,13 +150,16 @@ def score(
   """
   ((key, group),) = questions.items()
   # Ids that are unique, and the same for a question and its answer.
+  names = [_name(q.question_id, q.text) for q in group]
+  counts = collections.Counter(names)
   asked = [
-      dataclasses.replace(q, question_id=_name(q.question_id, q.text))
-      for q in group
+      dataclasses.replace(q, question_id=name)
+      for q, name in zip(group, _numbered(names, counts), strict=True)
   ]
+  named = [_name(a.question_id, a.prompt) for a in answers[key]]
   said = [
-      a._replace(question_id=_name(a.question_id, a.prompt))
-      for a in answers[key]
+      a._replace(question_id=name)
+      for a, name in zip(answers[key], _numbered(named, counts), strict=True)
   ]
   texts = base.check_complete(asked, said)
   return {
@@ -155,6 +167,17 @@ def score(
           [(texts[q.question_id], q.extra['answers']) for q in asked]
       )
   }
+
+
+def _numbered(names: Sequence[str], counts: Mapping[str, int]) -> list[str]:
+  """The names, numbered in their order where `counts` has several of one."""
+  seen: collections.Counter[str] = collections.Counter()
+  found = []
+  for name in names:
+    seen[name] += 1
+    repeated = counts.get(name, 0) > 1
+    found.append(f'{name} ({seen[name]})' if repeated else name)
+  return found
 
 
 def _name(question_id: int | str, prompt: str) -> str:

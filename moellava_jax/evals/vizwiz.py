@@ -32,7 +32,8 @@ def load(
   """Returns the questions under the stem of their file's name.
 
   Raises:
-    EvalError: a file is missing or malformed, or an image not annotated.
+    EvalError: a file is missing or malformed, an image not annotated, or one
+      that is annotated not asked about.
   """
   questions = base.read_questions(questions_path)
   if annotations is not None:
@@ -52,6 +53,8 @@ def load(
           f'{annotations}: no answers about {base.listed(unknown)} of'
           f' {questions_path}.'
       )
+    asked = {q.image for q in questions}
+    base.check_asked(found, asked, questions_path, annotations)
     questions = [
         dataclasses.replace(q, extra={**q.extra, 'answers': found[q.image]})
         for q in questions

@@ -40,11 +40,11 @@ def load(
     return {stem: questions}
   if annotations.endswith('.jsonl'):
     every = [row['question_id'] for row in base.read_jsonl(annotations)]
-    known = set(every)
+    known, scored = set(every), ()
     unknown = [q.question_id for q in questions if q.question_id not in known]
     extra: dict[int | str, Any] = {questions[0].question_id: {_ALL: every}}
   else:
-    found = _read_annotations(annotations)
+    found = scored = _read_annotations(annotations)
     unknown = [q.question_id for q in questions if q.question_id not in found]
     extra = {i: {'answers': answers} for i, answers in found.items()}
   if unknown:
@@ -52,6 +52,8 @@ def load(
         f'{annotations}: nothing about questions {base.listed(unknown)} of'
         f' {questions_path}.'
     )
+  asked = {q.question_id for q in questions}
+  base.check_asked(scored, asked, questions_path, annotations)
   return {
       stem: [
           dataclasses.replace(

@@ -34,7 +34,9 @@ class FakeChat:
     self.name = name
     self.digest = digest
     self.params = {'llm': {'norm': np.zeros(5)}}
-    self.model = types.SimpleNamespace(cfg=types.SimpleNamespace(moe=None))
+    vision = types.SimpleNamespace(image_size=336)
+    cfg = types.SimpleNamespace(moe=None, vision=vision)
+    self.model = types.SimpleNamespace(cfg=cfg)
     self.max_positions = None
     self.image_aspect = 'pad'
     self.unreadable = ()

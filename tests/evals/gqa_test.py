@@ -134,7 +134,7 @@ def test_a_prediction_that_is_needed_must_be_there():
 def files(tmp_path, write_jsonl):
   """LLaVA's question file and the official ones, with choices."""
 
-  def make(keys, choices):
+  def make(keys, choices, official='123456'):
     write_jsonl(
         'q.jsonl',
         [
@@ -146,7 +146,7 @@ def files(tmp_path, write_jsonl):
     folder = tmp_path / 'val_questions'
     folder.mkdir(exist_ok=True)
     path = folder / 'val_all_questions.json'
-    path.write_text(json.dumps(QUESTIONS))
+    path.write_text(json.dumps({key: QUESTIONS[key] for key in official}))
     if choices:
       (folder / 'val_choices.json').write_text(json.dumps(CHOICES))
     return gqa.load(str(tmp_path / 'q.jsonl'), str(path))
@@ -163,11 +163,11 @@ def test_a_score_has_what_the_files_allow(files):
   assert [q.answer for q in questions['q']][:3] == ['red', 'yes', 'blue']
   full = gqa.rates(QUESTIONS, PREDICTIONS, choices=CHOICES, consistency=True)
   assert gqa.score(questions, _answers('123456')) == full
-  # 6 is entailed and not asked.
+  # 6 is entailed and not asked, as it is not balanced.
   less = gqa.score(files('12345', choices=True), _answers('12345'))
   assert set(full) - set(less) == {'consistency'}
   # 5 entails itself alone.
-  alone = gqa.score(files('345', choices=True), _answers('345'))
+  alone = gqa.score(files('345', True, '345'), _answers('345'))
   assert 'consistency' not in alone
 
 
@@ -183,4 +183,11 @@ def test_files_of_another_release_are_an_error(files, tmp_path):
   with pytest.raises(base.EvalError, match='--annotations=testdev_bal'):
     gqa.load(str(tmp_path / 'q.jsonl'), None)
   with pytest.raises(base.EvalError, match=r"missing: 1 \('2'\)"):
-    gqa.score(files('12', choices=False), _answers('1'))
+    gqa.score(files('12', False, '12'), _answers('1'))
+
+
+def test_no_score_of_a_part_of_the_balanced_questions(files):
+  with pytest.raises(
+      base.EvalError, match=r"no question for 1 \('2'\) of the 5"
+  ):
+    files('13456', choices=True)

@@ -121,6 +121,12 @@ def test_no_score_without_a_judge_or_of_a_part(questions):
 
 
 def test_what_is_lacking_is_listed(files, write_jsonl):
+  write_jsonl(
+      'answers_gpt4.jsonl',
+      [{'question_id': n, 'text': f'R{n}'} for n in range(5)],
+  )
+  with pytest.raises(base.EvalError, match=r'no question for 1 \(4\) of the 5'):
+    llava_bench.load(str(files / 'questions.jsonl'), str(files))
   write_jsonl('answers_gpt4.jsonl', [{'question_id': 0, 'text': 'R'}])
   write_jsonl('context.jsonl', [{'image': 'other.jpg', 'caption': []}])
   with pytest.raises(

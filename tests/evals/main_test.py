@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from moellava_jax.evals import base, run
+from moellava_jax.evals import base, paper, run
 
 ROOT = pathlib.Path(__file__).parents[2]
 GOLDENS = ROOT / 'tests' / 'goldens' / 'eval' / 'pope'
@@ -133,7 +133,8 @@ def test_benchmarks_and_runs_share_one_scores_file(
   run.evaluate(options(**shapes, model=[], answers=files, out=str(tmp_path)))
   again = json.loads((tmp_path / 'scores.json').read_text())
   expected = {**scores['moe']['none']['shapes'], 'model': None}
-  del expected['activated_parameters']  # What answers do not tell.
+  # What answers do not tell.
+  del expected['activated_parameters'], expected['image_size']
   assert again == {'moe': {'none': {'shapes': expected}}}
 
 
@@ -169,10 +170,37 @@ def test_answers_keep_their_control_when_only_scored(chats, options, tmp_path):
   run.evaluate(options(model=[], answers=answers, out=str(tmp_path)))
   again = json.loads((tmp_path / 'scores.json').read_text())
   expected = _scores(tmp_path)['moe']['shuffled_image']['pope']
-  del expected['activated_parameters']
+  del expected['activated_parameters'], expected['image_size']
   assert again == {
       'moe': {'shuffled_image': {'pope': {**expected, 'model': None}}}
   }
+
+
+def test_scoring_again_keeps_what_answers_do_not_tell(chats, options, tmp_path):
+  model = options().model[1]
+  run.evaluate(options(model=[model]))
+  scores_file = tmp_path / 'out' / 'scores.json'
+  paper.record(scores_file, 'moe:pope:85.5')
+  before = _scores(tmp_path)
+  entry = before['moe']['none']['pope']
+  assert (entry['server'], entry['image_size']) == (85.5, 336)
+  answers = tmp_path / 'out' / 'moe.q.jsonl'
+  again = options(model=[], answers=[str(answers)])
+  run.evaluate(again)
+  assert _scores(tmp_path) == before
+  # Other answers of the same model: what the server said is not of these.
+  answers.write_text(answers.read_text().replace('Yes', 'No'))
+  run.evaluate(again)
+  entry = _scores(tmp_path)['moe']['none']['pope']
+  assert 'server' not in entry
+  assert entry['activated_parameters'] == 5
+  # Nothing of another model.
+  text = answers.read_text().replace('digest-of-moe', 'other')
+  answers.write_text(text)
+  run.evaluate(again)
+  entry = _scores(tmp_path)['moe']['none']['pope']
+  assert entry['model'] is None
+  assert not {'activated_parameters', 'image_size'} & set(entry)
 
 
 def test_two_models_of_one_name_do_not_overwrite_each_other(
@@ -289,6 +317,30 @@ def test_the_command_ends_a_mistake_with_one_line():
   done = _command('--benchmark=pope', '--questions=gone', '--answers=gone')
   assert done.returncode == 1
   assert done.stderr == 'error: gone: no such file.\n'
+
+
+def test_the_command_lists_all_images_that_are_missing(
+    options, questions, write_jsonl, tmp_path
+):
+  rows = [
+      {**questions[0], 'question_id': n, 'image': f'{n}.png'} for n in range(9)
+  ]
+  out, images = tmp_path / 'out', tmp_path / 'images'
+  flags = (
+      '--benchmark=pope',
+      f'--model={options().model[1]}',
+      f'--questions={write_jsonl("nine.jsonl", rows)}',
+      f'--images={images}',
+      f'--out={out}',
+  )
+  (images / '3.png').write_bytes(b'')
+  done = _command(*flags)
+  assert done.returncode == 1
+  (line,) = done.stderr.splitlines()
+  assert 'of 9 images, missing: 8' in line and f'{out}/missing_images' in line
+  assert (out / 'missing_images.txt').read_text().splitlines() == [
+      f'{n}.png' for n in range(9) if n != 3
+  ]
 
 
 def test_scoring_needs_no_jax():

@@ -188,9 +188,76 @@ def test_no_score_of_a_part(questions, tmp_path):
   answers = _answers(questions, 'ABCABBA')['dev']
   with pytest.raises(base.EvalError, match=r'missing: 1 \(1000003\)'):
     mmbench.score(questions, {'dev': answers[:-1]})
-  moved = mmbench.load(_write(tmp_path / 'dev.tsv', ROWS[1:]), None)
   with pytest.raises(base.EvalError, match=r'moved rows without .*\[1\]'):
-    mmbench.score(moved, {'dev': answers[1:]})
+    mmbench.load(_write(tmp_path / 'dev.tsv', ROWS[1:]), None)
+  with pytest.raises(base.EvalError, match=r'fewer rows than options: 1 \(2\)'):
+    mmbench.load(_write(tmp_path / 'dev.tsv', ROWS[:4] + ROWS[5:]), None)
+
+
+UNMOVED = [row for row in ROWS if row[0] < 10]
+
+
+def test_rows_in_one_order_have_a_first_pass_alone(tmp_path):
+  questions = mmbench.load(_write(tmp_path / 'dev.tsv', UNMOVED), None)
+  assert mmbench.score(questions, _answers(questions, 'ACA')) == {
+      'first_pass': pytest.approx(2 / 3),
+      'rows': 3,
+      'unclear': 0,
+      'l2-category': {
+          'perception': {'first_pass': 0.5, 'questions': 2},
+          'reasoning': {'first_pass': 1.0, 'questions': 1},
+      },
+      'category': {
+          'animal': {'first_pass': 1.0, 'questions': 1},
+          'count': {'first_pass': 1.0, 'questions': 1},
+          'scene': {'first_pass': 0.0, 'questions': 1},
+      },
+  }
+
+
+ROUNDS = [  # index, round, options as shown, text
+    (1, 0, ('cat', 'dog'), 'A'),
+    (1, 1, ('dog', 'cat'), 'B'),
+    (2, 0, ('1', '2', '3'), 'C'),
+    (2, 1, ('2', '3', '1'), 'B'),
+    (2, 2, ('3', '1', '2'), '3'),
+    (3, 0, ('sky', 'sea'), 'B'),
+    (3, 1, ('sea', 'sky'), 'B'),  # Wrong: always the second.
+]
+
+
+def test_rounds_of_the_original_are_scored_as_circular(tmp_path, write_jsonl):
+  questions = mmbench.load(_write(tmp_path / 'dev.tsv', UNMOVED), None)
+  asked = {q.question_id: q.extra for q in questions['dev']}
+  lines = []
+  for index, number, shown, text in ROUNDS:
+    hint = 'Count.\n' if asked[index]['hint'] else ''
+    options = [f'{x}. {y}' for x, y in zip('ABC', shown, strict=False)]
+    lines.append(
+        {
+            'question_id': index,
+            'round_id': number,
+            'prompt': '\n'.join([hint + asked[index]['question'], *options]),
+            'text': text,
+            'options': shown,
+            'option_char': ['A', 'B', 'C'][: len(shown)],
+            'answer_id': f'{index}-{number}',
+            'model_id': 'm',
+            'metadata': {},
+        }
+    )
+  answers = {'dev': base.read_answers(write_jsonl('a.jsonl', lines))}
+  scores = mmbench.score(questions, answers)
+  assert scores['accuracy'] == pytest.approx(2 / 3)
+  assert (scores['first_pass'], scores['rows']) == (1.0, 7)
+  assert scores['category']['scene'] == {'accuracy': 0.0, 'questions': 1}
+  with pytest.raises(base.EvalError, match='missing: 1 .2000000002'):
+    mmbench.score(questions, {'dev': answers['dev'][:4] + answers['dev'][5:]})
+  with pytest.raises(base.EvalError, match='those of --all-rounds are several'):
+    mmbench.submission(tmp_path / 'up.xlsx', questions, answers)
+  # One round, which is what the original asks by default.
+  once = {'dev': [a for a in answers['dev'] if not a.metadata['round_id']]}
+  assert mmbench.score(questions, once)['first_pass'] == 1.0
 
 
 def test_a_row_without_an_image_is_an_error(tmp_path):

@@ -137,6 +137,11 @@ def test_no_total_of_some_tasks(files, write_jsonl):
   write_jsonl('llava_mme.jsonl', rows[1:])
   with pytest.raises(base.EvalError, match="'existence/7.jpg' has 1 questions"):
     _load(files)
+  write_jsonl('llava_mme.jsonl', rows[2:])
+  with pytest.raises(
+      base.EvalError, match=r"question for 1 \(\('existence', '7'\)\) of the 28"
+  ):
+    _load(files)
 
 
 def test_no_points_for_a_partial_or_doubled_set(files):

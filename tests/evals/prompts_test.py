@@ -4,9 +4,18 @@
 The prompts of the multiple-choice benchmarks are in the tests of each.
 """
 
+import hashlib
+
 import pytest
 
-from moellava_jax.evals import base, benchmarks, prompts
+from moellava_jax.evals import (
+    base,
+    benchmarks,
+    llava_bench,
+    mmvet,
+    options,
+    prompts,
+)
 
 SHORT = 'Answer the question using a single word or phrase.'
 NONE = "When the provided information is insufficient, respond with 'Unanswerable'."
@@ -69,6 +78,25 @@ def test_prompts_are_frozen(name):
   assert _put(name, 'lmms') == lmms
   if vlmevalkit is not None:
     assert _put(name, 'vlmevalkit') == vlmevalkit
+
+
+def test_prompts_of_judges_are_frozen():
+  """By the digests of the texts in the official scripts."""
+  shown = {'A': 'x', 'B': 'y'}
+  assert {
+      name: hashlib.sha256(text.encode()).hexdigest()[:32]
+      for name, text in {
+          'llava_bench': llava_bench.RULE,
+          'mmvet': mmvet.PROMPT,
+          'mmbench': options.matching('What', shown, 'z'),
+          'mmbench_cn': options.matching('什么', shown, 'z'),
+      }.items()
+  } == {
+      'llava_bench': '2ce22b562d6008864970ea863ac8a4d3',
+      'mmvet': 'd1b3e0a5b4e72c888b77164489d705bb',
+      'mmbench': '7e6f34c84467dfdce2215161dec5abd6',
+      'mmbench_cn': 'f35ffea7df2a9e76fbb02f653e3d5235',
+  }
 
 
 def test_every_benchmark_is_asked_in_every_way_there_is():

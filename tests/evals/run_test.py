@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from moellava_jax.evals import ask, base, prompts, run
+from moellava_jax.evals import ask, base, parts, prompts, run
 from tests.evals import tables
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -186,6 +186,40 @@ def test_questions_that_share_an_id_are_all_asked_and_resumed(
   assert len(chats('moe').seen) == 5
 
 
+@pytest.mark.parametrize('shards', [1, 2])
+def test_a_question_that_is_repeated_is_asked_once_and_answered_twice(
+    chats, images, tmp_path, shards
+):
+  texts = ['Q0', 'Q1', 'Q2', 'Q0']
+  questions = [
+      base.Question('a', 'a.png', text, 'c', None, {}) for text in texts
+  ]
+  chats('moe').model.cfg.moe = types.SimpleNamespace(num_experts=4, top_k=2)
+
+  def answer(shard):
+    return ask.run(
+        chats('moe'),
+        questions,
+        images,
+        tmp_path / 'a.jsonl',
+        'none',
+        ask.Settings(8, 0.0, 2, True),
+        model_id='moe',
+        shard=parts.Shard(shard, shards) if shards > 1 else None,
+    )
+
+  for _ in range(2):  # Again it is all there.
+    *_, answers = [answer(n) for n in range(shards)]
+    assert [answer.prompt for answer in answers or ()] == texts
+    assert len(chats('moe').seen) == 3
+  lines = (tmp_path / 'a.jsonl').read_text().splitlines()
+  (tmp_path / 'a.jsonl').write_text(
+      ''.join(f'{x}\n' for x in lines + lines[:1])
+  )
+  with pytest.raises(base.EvalError, match="question 'a' is answered twice"):
+    answer(0)
+
+
 def _mmbench(path, second='Which?'):
   buffer = io.BytesIO()
   Image.new('RGB', (60, 40), 'red').save(buffer, 'PNG')
@@ -317,12 +351,18 @@ def test_a_test_set_is_answered_for_its_server(
       {'image': 'a.png', 'answer': 'yes'}
   ]
   assert not (tmp_path / 'out' / 'scores.json').exists()
-  # To score alone what cannot be scored is a mistake.
   answers = [str(tmp_path / 'out' / 'moe.test.jsonl')]
+  again = dataclasses.replace(
+      asked, model=[], answers=answers, submission=str(tmp_path / 'again.json')
+  )
+  run.evaluate(again)
+  assert 'moe, control none: The VizWiz test set' in capsys.readouterr().out
+  assert (tmp_path / 'again.json').read_text() == (
+      tmp_path / 'up.json'
+  ).read_text()
+  # To score alone what cannot be scored is a mistake.
   with pytest.raises(base.UnscoredError, match='--annotations=val.json'):
-    run.evaluate(
-        dataclasses.replace(asked, model=[], answers=answers, submission=None)
-    )
+    run.evaluate(dataclasses.replace(again, submission=None))
 
 
 @pytest.mark.parametrize(

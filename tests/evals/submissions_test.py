@@ -2,6 +2,7 @@
 """VQAv2 and VizWiz: what their servers are sent, and the validation sets."""
 
 import json
+import pathlib
 
 import pytest
 
@@ -110,6 +111,10 @@ def test_vqav2_validation_is_scored(asked, tmp_path):
   assert vqav2.score(questions, _two('A cat.', 'Yes.')) == {
       'accuracy': pytest.approx((0.6 + 1) / 2, rel=1e-12)
   }
+  part = tmp_path / 'part.jsonl'
+  part.write_text(pathlib.Path(asked).read_text().splitlines()[0])
+  with pytest.raises(base.EvalError, match=r'no question for 1 \(3\) of the 2'):
+    vqav2.load(str(part), str(path))
   path.write_text('[]')
   with pytest.raises(base.EvalError, match='expected {"annotations"'):
     vqav2.load(asked, str(path))
@@ -149,6 +154,12 @@ def test_vizwiz_validation_is_scored_and_test_submitted(asked, tmp_path):
       {'image': '1.jpg', 'answer': 'unanswerable'},
       {'image': '3.jpg', 'answer': 'cat'},
   ]
+  part = tmp_path / 'part.jsonl'
+  part.write_text(pathlib.Path(asked).read_text().splitlines()[0])
+  with pytest.raises(
+      base.EvalError, match=r"question for 1 \('3.jpg'\) of the 2"
+  ):
+    vizwiz.load(str(part), str(path))
   path.write_text(json.dumps(rows[:1]))
   with pytest.raises(base.EvalError, match=r"no answers about 1 \('3.jpg'\)"):
     vizwiz.load(asked, str(path))

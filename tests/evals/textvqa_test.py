@@ -113,6 +113,33 @@ def test_no_score_for_a_partial_or_doubled_set(files):
     textvqa.score(_load(files), {'q': [*answers, answers[1]]})
 
 
+def test_a_line_that_is_repeated_is_scored_as_often(files):
+  path = files / 'q.jsonl'
+  lines = path.read_text().splitlines(keepends=True)
+  path.write_text(''.join([*lines, lines[0]]))
+  answers = _answers('cat', 'me', 'x')
+  again = answers[0]._replace(text='dog')
+  for said, accuracy in (
+      ([*answers, again], 0.75),
+      ([*answers, answers[0]], 1),
+  ):
+    assert textvqa.score(_load(files), {'q': said}) == {'accuracy': accuracy}
+  with pytest.raises(
+      base.EvalError, match=r"missing: 1 \('img: what .* \(2\)'"
+  ):
+    textvqa.score(_load(files), {'q': answers})
+
+
+def test_annotations_that_are_not_asked_are_an_error(files):
+  path = files / 'q.jsonl'
+  lines = path.read_text().splitlines(keepends=True)
+  path.write_text(''.join(lines[1:]))
+  with pytest.raises(
+      base.EvalError, match=r"no question for 1 \(\('img', 'what.*of the 3 in"
+  ):
+    _load(files)
+
+
 def test_annotations_of_another_release_are_an_error(files):
   data = json.loads((files / 'val.json').read_text())['data']
   for rows, message in [

@@ -1,12 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """`--routing_trace`: every token's experts on disk, with every answer."""
 
+import dataclasses
+import statistics
+import time
 import types
 
+from etils import epath
+import jax
 import numpy as np
+from PIL import Image
 import pytest
 
+from moellava_jax import checkpoint, sharding
+from moellava_jax.data import tokenizer as tokenizer_lib
 from moellava_jax.evals import ask, base, parts, run, traces
+from moellava_jax.infer import chat as chat_lib
+from tests import tiny
 from tests.evals import main_test
 
 options = main_test.options
@@ -134,3 +144,59 @@ def test_scoring_alone_refuses_flags_of_generation(options):
   for flags in ({'routing_trace': True}, {'shard': '0/2'}):
     with pytest.raises(base.EvalError, match='goes with --model'):
       run.evaluate(options(model=[], answers=['a.jsonl'], **flags))
+
+
+@pytest.mark.slow
+@pytest.mark.large
+def test_a_trace_takes_little_time(tmp_path, capsys):
+  """At most 1.2 x the time without it + 5 ms a batch, medians of turns.
+
+  The model of Shapes, not trained, so that no answer ends early.
+  """
+  words = 'how many circles are left of the red square ?'
+  tokenizer = tokenizer_lib.train([f'USER: {words} ASSISTANT:'] * 4, 300)
+  cfg = tiny.train_config(model__llm__vocab_size=tokenizer.vocab_size)
+  params = tiny.params_of(cfg.stage_model('moe'))
+  head = params['llm']['head']['kernel']
+  params['llm']['head']['kernel'] = head.at[:, tokenizer.eos_id].set(0)
+  model = tmp_path / 'moe'
+  checkpoint.write_final(
+      epath.Path(model), params, cfg, 'moe', {}, tokenizer.save
+  )
+  one = dataclasses.replace(cfg.mesh, data=1, fsdp=1, expert=1, tensor=1)
+  mesh = sharding.make_mesh(one, jax.devices()[:1])
+  chat = chat_lib.load(str(model), mesh=mesh)
+  colours = np.random.default_rng(0).integers(0, 256, (256, 3))
+  questions = []
+  for n, colour in enumerate(colours.tolist()):
+    Image.new('RGB', (42, 42), tuple(colour)).save(tmp_path / f'{n}.png')
+    questions.append(base.Question(n, f'{n}.png', words, 'c', None, {}))
+  batches, turns = 4, 9
+  seconds, files = {False: [], True: []}, set()
+  for turn in range(turns + 1):
+    for trace in (False, True) if turn % 2 else (True, False):
+      answers = tmp_path / f'{turn}_{trace}.jsonl'
+      settings = ask.Settings(16, 0.0, len(questions) // batches, trace)
+      begin = time.perf_counter()
+      ask.ask(
+          chat,
+          questions,
+          str(tmp_path),
+          answers,
+          'none',
+          settings,
+          model_id='moe',
+      )
+      seconds[trace].append(time.perf_counter() - begin)
+      files.add(answers.read_bytes())
+  assert len(files) == 1
+  # The first turn compiles.
+  without, traced = (
+      statistics.median(seconds[trace][1:]) for trace in (False, True)
+  )
+  with capsys.disabled():
+    print(
+        f'\n{len(questions)} questions: {without:.3f} s, with their expert'
+        f' choices {traced:.3f} s, {traced / without - 1:+.1%}'
+    )
+  assert traced <= 1.2 * without + 0.005 * batches
