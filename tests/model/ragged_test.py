@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `dispatch='ragged'` multiplies, by platform."""
 
+from typing import Any
+
 import jax
 from jax.extend import core
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ from moellava_jax.model import experts, layers, ragged, routing
 E, D, F, TOKENS, K = 4, 8, 16, 64, 2
 
 
-FAST = {'xla_backend_optimization_level': 0}
+FAST: Any = {'xla_backend_optimization_level': 0}
 
 
 def _layer(seed=0):
