@@ -183,8 +183,11 @@ def _read_each(path: epath.Path, abstract: Any, each: Each) -> Any:
               partial_restore=True,
           ),
       )
-    kept |= {name: each(name, x) for name, x in trees.flatten(found).items()}
-    del found
+    for name, x in trees.flatten(found).items():
+      if not isinstance(x, jax.Array):  # Orbax hands back what was asked for.
+        raise CheckpointError(f'{path} has no array {name}. {_DAMAGED}')
+      kept[name] = each(name, x)
+    del found, x
   return trees.unflatten(kept)
 
 
