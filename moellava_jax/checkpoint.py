@@ -41,6 +41,12 @@ _NO_ROOM = (
     ' the same command again to go on from there.'
 )
 
+# Bytes of arrays that are read before some of them are changed.
+_PART = 1 << 30
+
+# (path, array as it was stored) -> the array to be kept.
+Each = Callable[[str, jax.Array], jax.Array]
+
 
 class CheckpointError(config.UserError):
   """A checkpoint that cannot be used; the message says what to do."""
@@ -60,24 +66,33 @@ def _explained(what: str, advice: str) -> Iterator[None]:
     ) from error
 
 
-def fingerprint(tree: Any) -> str:
-  """Twelve hex digits of the content of a tree of arrays.
+@jax.jit
+def _sum_of_bits(x: jax.Array) -> jax.Array:
+  wide = x.astype(jnp.float32) if x.dtype.itemsize < 4 else x
+  bits = jax.lax.bitcast_convert_type(wide, jnp.uint32)
+  factor = jax.lax.iota(jnp.uint32, bits.size) * 2 + 1
+  return jnp.sum(bits.reshape(-1) * factor, dtype=jnp.uint32)
+
+
+def checksum(x: jax.Array) -> tuple[tuple[int, ...], str, int]:
+  """What `fingerprint` wants to know of an array.
 
   The bits are summed up on the device with a different odd factor each, so
   that sharded arrays need not be gathered.
   """
+  return x.shape, str(x.dtype), int(_sum_of_bits(x))
 
-  @jax.jit
-  def checksum(x):
-    wide = x.astype(jnp.float32) if x.dtype.itemsize < 4 else x
-    bits = jax.lax.bitcast_convert_type(wide, jnp.uint32)
-    factor = jax.lax.iota(jnp.uint32, bits.size) * 2 + 1
-    return jnp.sum(bits.reshape(-1) * factor, dtype=jnp.uint32)
 
-  entries = [
-      (path, x.shape, str(x.dtype), int(checksum(x)))
-      for path, x in sorted(trees.flatten(tree).items())
-  ]
+def fingerprint(tree: Any) -> str:
+  """Twelve hex digits of the content of a tree of arrays."""
+  return fingerprint_of(
+      {path: checksum(x) for path, x in trees.flatten(tree).items()}
+  )
+
+
+def fingerprint_of(checksums: dict[str, Any]) -> str:
+  """The `fingerprint` of a tree by the `checksum` of each of its paths."""
+  entries = [(path, *found) for path, found in sorted(checksums.items())]
   return hashlib.sha256(json.dumps(entries).encode()).hexdigest()[:12]
 
 
@@ -114,7 +129,9 @@ def abstract(
   )
 
 
-def _checkpointer(tree: Any) -> ocp.Checkpointer:
+def _checkpointer(
+    tree: Any, handler: Any = ocp.StandardCheckpointHandler
+) -> ocp.Checkpointer:
   """Orbax, holding no more copies of arrays than the largest of `tree` needs.
 
   It would hold a second model otherwise. It takes fractions of a gigabyte,
@@ -124,9 +141,7 @@ def _checkpointer(tree: Any) -> ocp.Checkpointer:
   sizes = [math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree)]
   limit: Any = (max(sizes, default=0) + (1 << 20)) / 1e9
   return ocp.Checkpointer(
-      ocp.StandardCheckpointHandler(
-          save_concurrent_gb=limit, restore_concurrent_gb=limit
-      )
+      handler(save_concurrent_gb=limit, restore_concurrent_gb=limit)
   )
 
 
@@ -140,9 +155,47 @@ def _read(path: epath.Path, abstract: Any) -> Any:
     return checkpointer.restore(path, args=ocp.args.StandardRestore(abstract))
 
 
-def _restore(path: epath.Path, abstract: Any) -> Any:
+def _parts(leaves: dict[str, Any]) -> Iterator[dict[str, Any]]:
+  """Some of the leaves at a time: `_PART` bytes, or one that is larger."""
+  part, size = {}, 0
+  for path, leaf in leaves.items():
+    more = math.prod(leaf.shape) * leaf.dtype.itemsize
+    if part and size + more > _PART:
+      yield part
+      part, size = {}, 0
+    part[path] = leaf
+    size += more
+  if part:
+    yield part
+
+
+def _read_each(path: epath.Path, abstract: Any, each: Each) -> Any:
+  """`_read`, with what `each` makes of an array in its place."""
+  kept = {}
+  for leaves in _parts(trees.flatten(abstract)):
+    part = trees.unflatten(leaves)
+    with _checkpointer(part, ocp.PyTreeCheckpointHandler) as checkpointer:
+      found = checkpointer.restore(
+          path,
+          args=ocp.args.PyTreeRestore(
+              item=part,
+              restore_args=ocp.checkpoint_utils.construct_restore_args(part),
+              partial_restore=True,
+          ),
+      )
+    for name, x in trees.flatten(found).items():
+      if not isinstance(x, jax.Array):  # Orbax hands back what was asked for.
+        raise CheckpointError(f'{path} has no array {name}. {_DAMAGED}')
+      kept[name] = each(name, x)
+    del found, x
+  return trees.unflatten(kept)
+
+
+def _restore(path: epath.Path, abstract: Any, each: Each | None = None) -> Any:
   with _explained(f'{path} cannot be read', _DAMAGED):
-    return _read(path, abstract)
+    if each is None:
+      return _read(path, abstract)
+    return _read_each(path, abstract, each)
 
 
 def _is_first() -> bool:
@@ -472,7 +525,10 @@ def describe(path: str) -> tuple[config.TrainConfig, str]:
 
 
 def load(
-    path: str, shardings: dict[str, Any] | None = None, default: Any = None
+    path: str,
+    shardings: dict[str, Any] | None = None,
+    default: Any = None,
+    each: Each | None = None,
 ) -> Model:
   """Reads all parameters of a checkpoint (see `find` for what `path` may be).
 
@@ -480,6 +536,8 @@ def load(
     path: RUN, STAGE, STEP or final directory.
     shardings: parameter path -> sharding.
     default: the sharding of all others; None: the first device.
+    each: (parameter path, array) -> what to keep of it, while others are still
+      to be read: whoever keeps less never holds all that is stored.
 
   Raises:
     CheckpointError: nothing there, or a step whose frozen part is missing.
@@ -490,22 +548,24 @@ def load(
     params = _restore(
         run_folder.absolute(found) / 'params',
         abstract(about['params'], shardings, default),
+        each,
     )
     cfg = saved_config.read((found / 'config.json').read_text())
     return Model(params, cfg, about['stage'], tokenizer_of(found), str(found))
-  return _load_step(found, shardings, default)
+  return _load_step(found, shardings, default, each)
 
 
-def _load_step(found: epath.Path, shardings, default) -> Model:
+def _load_step(found: epath.Path, shardings, default, each) -> Model:
   with _explained(f'{found} cannot be read', _DAMAGED):
     meta = _read_meta(found)
   trained = _restore(
       run_folder.absolute(found) / 'trained',
       abstract(meta['trained'], shardings, default),
+      each,
   )
   run = found.parent.parent
   params = trees.merge(
-      trained, load_frozen(str(run), meta['frozen'], shardings, default)
+      trained, load_frozen(str(run), meta['frozen'], shardings, default, each)
   )
   params.pop('probe', None)
   return Model(
@@ -522,8 +582,9 @@ def load_frozen(
     name: str,
     shardings: dict[str, Any] | None,
     default: Any = None,
+    each: Each | None = None,
 ) -> Any:
-  """Reads `RUN/frozen/NAME`; an empty name is an empty tree."""
+  """Reads `RUN/frozen/NAME` as `load` does; an empty name is an empty tree."""
   if not name:
     return {}
   path = run_folder.absolute(run) / 'frozen' / name
@@ -533,7 +594,7 @@ def load_frozen(
         ' the run together with its frozen/ folder, or use a final/.'
     )
   shapes = json.loads((path / 'shapes.json').read_text())
-  return _restore(path / 'params', abstract(shapes, shardings, default))
+  return _restore(path / 'params', abstract(shapes, shardings, default), each)
 
 
 def replicate_scalar(value: int, sharding: Any) -> jax.Array:

@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
+import functools
+import json
 import os
 import resource
 import shutil
 from typing import Any
 
+from etils import epath
 import jax
 import numpy as np
 import pytest
 
 from moellava_jax import checkpoint, config, sharding, trees
+from tests import tiny
 
 _EVERY_STEP = config.CheckpointConfig(
     every=1, minutes=None, keep=2, keep_every=None
@@ -220,3 +224,17 @@ def test_what_a_kill_leaves_is_no_step_and_goes_away(tmp_path):
   assert str(checkpoint.find(str(folder))).endswith('/1')
   _saved(tmp_path, [2])
   assert sorted(os.listdir(folder)) == ['1', '2']
+
+
+def test_what_is_read_part_by_part_must_all_be_there(tmp_path):
+  tree = {'a': {'kernel': np.ones((4, 4), np.float32)}}
+  path = epath.Path(tmp_path / 'final')
+  cfg = tiny.train_config()
+  checkpoint.write_final(path, tree, cfg, 'moe', {}, os.mkdir)
+  read = functools.partial(checkpoint.load, str(path), each=lambda _, x: x + 1)
+  np.testing.assert_array_equal(read().params['a']['kernel'], 2)
+  about = json.loads((path / 'stage.json').read_text())
+  about['params']['b'] = about['params']['a/kernel']
+  (path / 'stage.json').write_text(json.dumps(about))
+  with pytest.raises(checkpoint.CheckpointError, match='has no array b'):
+    read()

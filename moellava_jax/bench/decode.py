@@ -4,22 +4,37 @@
 Text prompts, so that the tower plays no part. What is timed is the whole of a
 batch with `NEW` tokens a row less that with half of them: the steps alone, as
 the compiled loop runs them. The rate of a batch of 1 is the measure of the
-others.
+others. The floor of a step is what it must read, at the bandwidth of the data
+sheet:
+
+  bound = rows x bandwidth / (bytes of weights + bytes of cache)  tokens/s
+
+Weights are those of the language model in the dtype in which they lie, without
+the embedding (of which rows are read) unless it is the head too. Of E experts
+k a row count, at most all: those a batch may have chosen. The cache counts as
+far as it is filled. Nothing is known of the bandwidth of a CPU.
 """
 
+import time
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from moellava_jax import config, sharding
+from moellava_jax import config, sharding, trees
 from moellava_jax.bench import measure
 from moellava_jax.infer import generate, sampling
 from moellava_jax.model import llava
-from moellava_jax.train import init
+from moellava_jax.train import accelerators, init
 
 NEW = 64  # Tokens a row.
 PROMPT = 48  # Positions.
+# At least this share of the bound, by batch size, on a GPU.
+GOALS = {1: 0.70, 32: 0.60}
+HEADER = (
+    *('case', 'batch', 'ms a step', 'tokens/s', 'x batch 1', 'steps x'),
+    *('bound, tokens/s', 'share of it', 'goal', 'first call'),
+)
 
 
 class Case(NamedTuple):
@@ -30,16 +45,21 @@ class Case(NamedTuple):
 
 
 def run(case: Case, batches: tuple[int, ...], repeats: int) -> dict[str, Any]:
-  """By batch size: seconds a step, tokens a second, and times those of 1.
+  """By batch size: seconds a step, tokens a second, times those of 1, bound.
 
   What depends on the time of a step is None where noise hid it: where a whole
-  batch took no longer than one with half of the tokens.
+  batch took no longer than one with half of the tokens. `bound` is None where
+  the bandwidth is not known. `first_seconds` are those of the first call,
+  which compiles prefill and step.
   """
   assert batches[0] == 1, batches
   mesh = sharding.data_mesh()
   model = llava.Llava(case.model)
   with sharding.use(mesh):
-    params = init.fresh(model, 0, mesh)
+    # As `chat.load` has them; in one program, so that none lies in fp32.
+    params = jax.jit(
+        lambda: llava.rounded(init.fresh(model, 0, mesh), case.model)
+    )()
   rng = np.random.default_rng(0)
   image_HWC = (case.model.vision.image_size,) * 2 + (3,)
   prompt = generate.Prompt(
@@ -62,8 +82,16 @@ def run(case: Case, batches: tuple[int, ...], repeats: int) -> dict[str, Any]:
       batch.advance(new - batch.count, np.zeros(rows, bool))
     return batch.tokens()
 
+  first: dict[int, float] = {}
+
+  def timed(rows: int, new: int):
+    began = time.perf_counter()
+    tokens = answer(rows, new)
+    first.setdefault(rows, time.perf_counter() - began)
+    return tokens
+
   runs = {
-      f'{rows} {new}': lambda rows=rows, new=new: answer(rows, new)
+      f'{rows} {new}': lambda rows=rows, new=new: timed(rows, new)
       for rows in batches
       for new in (NEW // 2, NEW)
   }
@@ -71,12 +99,20 @@ def run(case: Case, batches: tuple[int, ...], repeats: int) -> dict[str, Any]:
   found: dict[str, Any] = {
       'parameters': sum(x.size for x in jax.tree.leaves(params['llm']))
   }
+  sheet = accelerators.of_device(jax.devices()[0])
   for rows in batches:
     steps = times[f'{rows} {NEW}'].median - times[f'{rows} {NEW // 2}'].median
     whole = times[f'{rows} {NEW}'].median
+    seconds = steps / (NEW - NEW // 2) if steps > 0 else None
+    read = bytes_of_step(params, case.model, rows)
+    bound = rows * sheet.bandwidth / sum(read.values()) if sheet else None
     found[str(rows)] = {
-        'seconds_a_step': steps / (NEW - NEW // 2) if steps > 0 else None,
+        'seconds_a_step': seconds,
         'tokens_a_second': rows * NEW / whole,
+        'bytes_a_step': read,
+        'bound': bound,
+        'share_of_bound': rows / seconds / bound if seconds and bound else None,
+        'first_seconds': first.get(rows),
     }
   for rows in batches:
     entry, one = found[str(rows)], found['1']
@@ -90,8 +126,28 @@ def run(case: Case, batches: tuple[int, ...], repeats: int) -> dict[str, Any]:
   return found
 
 
+def bytes_of_step(
+    params: Any, model: config.ModelConfig, rows: int
+) -> dict[str, float]:
+  """What a step has to read, see the head of this file."""
+  llm, moe = model.llm, model.moe
+  share = 1.0
+  if moe is not None:
+    share = min(1.0, rows * moe.top_k / moe.num_experts)
+  weights = 0.0
+  for path, leaf in trees.flatten(params['llm']).items():
+    if path == 'embedding' and not llm.tied_head:
+      weights += rows * leaf.nbytes / llm.vocab_size
+    else:
+      weights += leaf.nbytes * (share if '/experts/' in path else 1)
+  filled = PROMPT + 3 * NEW / 4  # The steps that are timed are the second half.
+  each = 2 * llm.depth * llm.num_kv_heads * llm.head_dim
+  size = llava.compute_dtype(model.compute_dtype).itemsize
+  return {'weights': weights, 'cache': rows * filled * each * size}
+
+
 def table(case: str, found: dict[str, Any]) -> list[tuple[str, ...]]:
-  """Rows for people: case, batch, ms a step, tokens/s, times those of 1."""
+  """Rows for people, as `HEADER` names their cells."""
   return [
       (
           case,
@@ -100,10 +156,21 @@ def table(case: str, found: dict[str, Any]) -> list[tuple[str, ...]]:
           f'{entry["tokens_a_second"]:.0f}',
           f'{entry["rate_over_1"]:.1f}',
           _number(entry['steps_over_1'], 1, '.1f'),
+          *_bound(int(rows), entry),
       )
       for rows, entry in found.items()
       if rows != 'parameters'
   ]
+
+
+def _bound(rows: int, entry: dict[str, Any]) -> tuple[str, ...]:
+  first = entry['first_seconds']
+  compiled = '' if first is None else f'{first:.1f} s'
+  if entry['bound'] is None:
+    return ('not known', '', '', compiled)
+  goal = f'>= {GOALS[rows]:.0%}' if rows in GOALS else ''
+  share = _number(entry['share_of_bound'], 1, '.0%')
+  return (f'{entry["bound"]:.0f}', share, goal, compiled)
 
 
 def _number(value: float | None, scale: float, form: str) -> str:

@@ -41,9 +41,6 @@ _LAYER_HEADER = (
     *('case', 'way', 'forward', 'x dense', 'floor'),
     *('with backward', 'x dense', 'floor'),
 )
-_DECODE_HEADER = (
-    *('case', 'batch', 'ms a step', 'tokens/s', 'x batch 1', 'steps x'),
-)
 
 
 class Case(NamedTuple):
@@ -116,7 +113,7 @@ def _decoders(suite: str, repeats: int, smoke: bool) -> list[Case]:
               decode.run, decode.Case(name, model), batches, repeats
           ),
           decode.table,
-          _DECODE_HEADER,
+          decode.HEADER,
       )
       for name, model in models.items()
   ]

@@ -159,7 +159,9 @@ def _answers(case: peer_cases.Case) -> dict[str, Callable[[], Any]]:
   mesh = peer_ours.mesh_of(1)
   model = llava.Llava(case.model)
   with sharding.use(mesh):
-    params = init.fresh(model, 0, mesh)
+    params = jax.jit(
+        lambda: llava.rounded(init.fresh(model, 0, mesh), case.model)
+    )()
   tokens_BT = peer_ours.tokens(case.model, case.rows, case.length)
   images_BIHWC = peer_ours.images(case.model, case.rows)
   prompts = [

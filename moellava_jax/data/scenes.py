@@ -10,11 +10,13 @@ import bisect
 import functools
 import hashlib
 import itertools
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TYPE_CHECKING
 import zlib
 
 import numpy as np
-from PIL import Image, ImageDraw
+
+if TYPE_CHECKING:
+  from PIL import Image
 
 COLORS = ('red', 'green', 'blue', 'yellow')
 SHAPES = ('circle', 'square', 'triangle')
@@ -161,8 +163,11 @@ def attributes(scene: Scene) -> list[list[int]]:
   return cells
 
 
-def render(scene: Scene, generator: np.random.Generator) -> Image.Image:
+def render(scene: Scene, generator: np.random.Generator) -> 'Image.Image':
   """Returns an RGB image of 42 x 42; objects are a pixel off centre at most."""
+  # Imported here because who counts attributes, as training does, draws none.
+  from PIL import Image
+
   image = Image.new('RGB', (GRID * CELL, GRID * CELL), _BACKGROUND)
   for thing in scene:
     x, y = generator.integers(-_JITTER, _JITTER, size=2, endpoint=True).tolist()
@@ -175,8 +180,10 @@ def render(scene: Scene, generator: np.random.Generator) -> Image.Image:
 
 
 @functools.cache
-def _mask(shape: int, size: int) -> Image.Image:
+def _mask(shape: int, size: int) -> 'Image.Image':
   """Returns the coverage (0 to 255) of a cell's pixels by a centred shape."""
+  from PIL import Image, ImageDraw
+
   scale = _SUPERSAMPLING
   image = Image.new('L', (CELL * scale, CELL * scale))
   draw = ImageDraw.Draw(image)

@@ -26,7 +26,7 @@ class Chat(NamedTuple):
   """A model with its tokenizer and template; make one with `load`."""
 
   name: str
-  digest: str  # Identifies the weights.
+  digest: str  # Identifies the weights, whatever they are rounded to here.
   model: llava.Llava
   params: Any
   mesh: jax.sharding.Mesh
@@ -321,7 +321,8 @@ def load(
   """Loads a RUN, STAGE, STEP or final directory.
 
   Stages 0 and I have not seen a conversation; they are asked in the template
-  of stage II.
+  of stage II. Kernels are held in the dtype of the products they enter
+  (`llava.stored_dtype`), which changes no answer.
 
   Args:
     path: a RUN, STAGE, STEP or final directory.
@@ -338,13 +339,22 @@ def load(
   mesh = sharding.data_mesh() if mesh is None else mesh
   cfg, stage = checkpoint.describe(path)
   model = llava.Llava(_kernel_optional(cfg.stage_model(stage)))
-  found = checkpoint.load(
-      path, places(model, mesh), default=sharding.replicated(mesh)
-  )
+  stored = {}
+
+  def keep(path: str, x: jax.Array) -> jax.Array:
+    stored[path] = checkpoint.checksum(x)
+    return x.astype(llava.stored_dtype(path, model.cfg, x.dtype))
+
+  with sharding.use(mesh):
+    found = checkpoint.load(
+        path, places(model, mesh), sharding.replicated(mesh), keep
+    )
   asked = _asked(cfg, stage)
   return Chat(
       os.path.basename(os.path.normpath(path)),
-      checkpoint.fingerprint(found.params),
+      checkpoint.fingerprint_of(
+          {path: stored[path] for path in trees.flatten(found.params)}
+      ),
       model,
       found.params,
       mesh,

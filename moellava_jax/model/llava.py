@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from moellava_jax import config
+from moellava_jax import config, trees
 from moellava_jax.model import (
     attention,
     decoder,
@@ -42,6 +42,30 @@ def compute_dtype(name: str) -> jnp.dtype:
   if name != 'auto':
     return jnp.dtype(name)
   return jnp.dtype(jnp.float32 if layers.platform() == 'cpu' else jnp.bfloat16)
+
+
+def stored_dtype(
+    path: str, cfg: config.ModelConfig, given: Any = jnp.float32
+) -> jnp.dtype:
+  """In which a parameter of dtype `given` may lie where it is not trained.
+
+  Kernels are rounded by the product that they enter (`layers.product`), so
+  that they may as well lie rounded: half the bytes to hold and to read, the
+  same result. The router's are multiplied in fp32, as are embeddings, norms and
+  biases added.
+  """
+  given = jnp.dtype(given)
+  if not path.endswith('kernel') or '/router/' in path:
+    return given
+  rounded = compute_dtype(cfg.compute_dtype)
+  return rounded if rounded.itemsize < given.itemsize else given
+
+
+def rounded(params: Any, cfg: config.ModelConfig) -> Any:
+  """Parameters as `stored_dtype` has them."""
+  return trees.map_paths(
+      lambda path, x: x.astype(stored_dtype(path, cfg, x.dtype)), params
+  )
 
 
 def place_images(

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Experts of any number of tokens each: rows sorted by expert, none dropped.
 
-On GPUs and TPUs by grouped products (`jax.lax.ragged_dot`). A CPU has none (its
-form multiplies all rows with all experts and masks the result), so there the
-run of each expert is padded to blocks of rows, and loops go over experts and
-their blocks: as many as there are, so that only what rounding up adds is wasted.
+On TPUs by grouped products (`jax.lax.ragged_dot`). Elsewhere XLA has none: on
+CPUs and, in jaxlib 0.10.2, on NVIDIA GPUs its form multiplies all rows with all
+experts and masks the result (newer ones have cuDNN's forward, and the same for
+gradients of weights). So there the run of each expert is padded to blocks of
+rows, and loops go over experts and their blocks: as many as there are, so that
+only what rounding up adds is wasted.
 
 Letters: T tokens, k choices per token, E experts, R sorted rows with padding,
 b rows of a block.
@@ -24,11 +26,16 @@ from moellava_jax.model import experts as experts_lib
 from moellava_jax.model import routing as routing_lib
 
 _BLOCK = 128  # Rows, at least; products of twice as many are a little faster.
+# As many of these: a GPU waits for its host in every round of a loop whose
+# length it does not know, some 20 us, and multiplies 512 rows with an expert of
+# full size in 45 to 70 us. By arithmetic, not measured.
+_BLOCKS_OF_GPU = 4
 
 
 def block_rows(choices: int, experts: int) -> int:
-  """Rows of a block (b): 256 where rounding up adds a fourth at most."""
-  return 2 * _BLOCK if choices >= 8 * _BLOCK * experts else _BLOCK
+  """Rows of a block (b): twice the least where rounding adds 1/4 at most."""
+  least = _BLOCK * (_BLOCKS_OF_GPU if layers.platform() == 'gpu' else 1)
+  return 2 * least if choices >= 8 * least * experts else least
 
 
 def beats_every(weights: experts_lib.Weights, tokens: int, top_k: int) -> bool:
@@ -108,13 +115,13 @@ def ragged(
 
 
 def _local(x_GSD, routing, weights, *, kind, dtype):
-  on_cpu = layers.platform() == 'cpu'
+  by_blocks = layers.platform() != 'tpu'
   experts = routing.probs_GSE.shape[-1]
-  block = block_rows(routing.choice_GSk.size, experts) if on_cpu else 1
+  block = block_rows(routing.choice_GSk.size, experts) if by_blocks else 1
   place_1Tk, filled_11R, size_E = sort(routing, block)
   x_1TD = x_GSD.reshape(1, -1, x_GSD.shape[-1]).astype(dtype)
   x_RD = dispatch.to_slots(x_1TD, place_1Tk, filled_11R)[0, 0]
-  run: Any = functools.partial(blocks, block=block) if on_cpu else grouped
+  run: Any = functools.partial(blocks, block=block) if by_blocks else grouped
   y_RD = run(weights, x_RD, size_E, kind, dtype).astype(dtype)
   weight_1Tk = routing.weight_GSk.reshape(place_1Tk.shape)
   y_1TD = dispatch.from_slots(
@@ -163,6 +170,15 @@ def blocks(weights, x_RD, size_E, kind, dtype, block) -> jax.Array:
 
 def _product(equation, dtype):
   return lambda x, y: layers.product(equation, x, y, dtype)
+
+
+def _rounded(weights, dtype):
+  """Kernels as products take them: not rounded again in every block."""
+  return jax.tree.map(
+      lambda one: one._replace(kernel_EDF=one.kernel_EDF.astype(dtype)),
+      weights,
+      is_leaf=lambda node: isinstance(node, experts_lib.Linear),
+  )
 
 
 def _loop(weights, size_E, block, body, sums, buffers):
@@ -220,7 +236,12 @@ def _run(weights, x_RD, size_E, kind, dtype, block, *, keeps):
       jnp.zeros((rows, one.kernel_EDF.shape[-1])) for one in weights.up if keeps
   )
   (y_RD, parts), _ = _loop(
-      weights, size_E, block, body, (), (jnp.zeros((rows, width)), parts)
+      _rounded(weights, dtype),
+      size_E,
+      block,
+      body,
+      (),
+      (jnp.zeros((rows, width)), parts),
   )
   return y_RD, parts
 
@@ -263,7 +284,7 @@ def _blocks_backward(kind, dtype, block, kept, grad_RD):
 
   zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape[1:]), weights)
   grad_x_RD, grads = _loop(
-      weights, size_E, block, body, zeros, jnp.zeros_like(x_RD)
+      _rounded(weights, dtype), size_E, block, body, zeros, jnp.zeros_like(x_RD)
   )
   grads = jax.tree.map(lambda new, old: new.astype(old.dtype), grads, weights)
   return grads, grad_x_RD, None

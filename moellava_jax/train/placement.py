@@ -124,7 +124,7 @@ class _StateBytes:
         total += 4 * _elements(where, shape)
         total += 12 * _elements(sharding.zero(where, shape), shape)
       else:
-        size = program.frozen_dtype(path, self._model).itemsize
+        size = llava.stored_dtype(path, self._model).itemsize
         total += size * _elements(where, shape)
     return total
 

@@ -27,18 +27,6 @@ def probe_sizes(stage: str) -> tuple[int, ...] | None:
   return tuple(size for _, size in shapes.ATTRIBUTES)
 
 
-def frozen_dtype(path: str, cfg: config.ModelConfig) -> np.dtype:
-  """Of a parameter in the step of a stage that does not train it.
-
-  Kernels are rounded by the product that they enter (`layers.product`), so
-  that they may as well lie rounded: half the memory, the same result. The
-  router's are multiplied in fp32, as are embeddings, norms and biases added.
-  """
-  rounded = path.endswith('kernel') and '/router/' not in path
-  dtype = llava.compute_dtype(cfg.compute_dtype) if rounded else np.float32
-  return np.dtype(dtype)
-
-
 class Program:
   """The model, the optimizer and the compiled steps of one stage.
 
@@ -83,14 +71,14 @@ class Program:
     return trees.split(params, stages.mask(params, self._stage, whole_lm))
 
   def freeze(self, frozen: Any) -> Any:
-    """The frozen part as the step takes it, see `frozen_dtype`.
+    """The frozen part as the step takes it, see `llava.stored_dtype`.
 
     Args:
       frozen: single layers, of arrays or abstract.
     """
 
     def cast(path, x):
-      dtype = frozen_dtype(path, self.model.cfg)
+      dtype = llava.stored_dtype(path, self.model.cfg)
       if isinstance(x, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
       return x.astype(dtype)

@@ -5,12 +5,13 @@ import dataclasses
 import json
 import shutil
 
+import jax
 import numpy as np
 from PIL import Image
 import pytest
 
 import moellava_jax
-from moellava_jax import config, sharding
+from moellava_jax import checkpoint, config, sharding, trees
 from moellava_jax.data import images as images_lib
 from moellava_jax.data import templates
 from moellava_jax.evals import ask, base
@@ -307,3 +308,40 @@ def test_stop_strings_and_options_compile_nothing(chat):
   chat.chat(RED, QUESTION[:-2], max_new_tokens=5)
   list(chat.chat(RED, QUESTION, **ASK, stream=True))
   assert compiled() == before
+
+
+def test_kernels_are_held_as_products_take_them(
+    checkpoint_dir, tmp_path, monkeypatch
+):
+  """Half of the bytes, never all of them: the same logits and digest."""
+  path = tmp_path / 'final'
+  shutil.copytree(checkpoint_dir, path)
+  cfg = json.loads((path / 'config.json').read_text())
+  cfg['model']['compute_dtype'] = 'bfloat16'
+  (path / 'config.json').write_text(json.dumps(cfg))
+  whole = checkpoint.load(str(path)).params
+  held, stored_dtype = [], llava.stored_dtype
+
+  def counted(*given):
+    held.append(sum(x.nbytes for x in jax.live_arrays()))
+    return stored_dtype(*given)
+
+  monkeypatch.setattr(checkpoint, '_PART', 1)  # One array at a time.
+  monkeypatch.setattr(llava, 'stored_dtype', counted)
+  before = sum(x.nbytes for x in jax.live_arrays())
+  chat = chat_lib.load(str(path))
+  assert chat.digest == checkpoint.fingerprint(whole)
+  leaves = trees.flatten(chat.params)
+  for name, leaf in leaves.items():
+    fp32 = '/router/' in name or not name.endswith('kernel')
+    assert leaf.dtype == ('float32' if fp32 else 'bfloat16'), name
+  largest = max(x.nbytes for x in jax.tree.leaves(whole))
+  kept = sum(leaf.nbytes for leaf in leaves.values())
+  assert max(held) - before <= kept + largest
+  assert kept + largest < sum(x.nbytes for x in jax.tree.leaves(whole))
+  data = tiny.batch(chat.model.cfg, rows=8)
+  logits = [
+      tiny.forward(chat.model.cfg, params, data).logits_BTV
+      for params in (whole, jax.device_put(chat.params, jax.devices()[0]))
+  ]
+  np.testing.assert_array_equal(*logits)

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import dataclasses
 import itertools
 from typing import Any
 
@@ -109,6 +110,31 @@ def test_stops_at_the_end_token():
   (again,) = _generate(cfg, params, prompts, 1, end=int(first[2]))
   stop = list(first).index(first[2])
   np.testing.assert_array_equal(again, first[:stop])
+
+
+def test_the_cache_is_bf16_and_stays_where_it_is():
+  """Every part of a batch goes on in the memory of the one before."""
+  cfg = tiny.model_config(moe=tiny.moe_config())
+  cfg = dataclasses.replace(cfg, compute_dtype='bfloat16')
+  batch = generate.Batch(
+      llava.Llava(cfg),
+      llava.rounded(tiny.params_of(cfg), cfg),
+      _prompts(cfg, 1),
+      [sampling.Options()],
+      max_new_tokens=NEW,
+      ends=(),
+      rows=1,
+      mesh=sharding.make_mesh(
+          config.MeshConfig(1, 1, 1, 1, 1, False, 'device'), jax.devices()[:1]
+      ),
+  )
+  before = jax.tree.leaves(batch._run.state.cache)
+  assert {x.dtype for x in before} == {jnp.dtype('bfloat16')}
+  where = [x.unsafe_buffer_pointer() for x in before]
+  while batch.advance(2, np.zeros(1, bool)):
+    after = jax.tree.leaves(batch._run.state.cache)
+    assert [x.unsafe_buffer_pointer() for x in after] == where
+    assert all(x.is_deleted() for x in before)
 
 
 def _compiled():
