@@ -23,8 +23,8 @@ REAL_BT = np.arange(LENGTH) < np.array([11, 9, 0, 4, 11, 3, 8, 10])[:, None]
 FAST = {'xla_backend_optimization_level': 0}
 
 
-def _config(**changes):
-  return tiny.moe_config(second_choice='argmax', **changes)
+def _config(dispatch='einsum', **changes):
+  return tiny.moe_config(dispatch=dispatch, second_choice='argmax', **changes)
 
 
 def _layer(cfg, kind='gelu_tanh'):
