@@ -115,11 +115,18 @@ def test_all_to_all_of_a_sparse_layer(which, expected, dispatch):
   assert all(shape != kernel for shape, _ in _gathered(text))
 
 
-@pytest.mark.parametrize('remat, layer', [('none', 4), ('full', 6)])
-def test_all_to_all_of_stage_3_of_shapes(remat, layer):
+@pytest.mark.parametrize(
+    'remat, layer, dispatch',
+    [('none', 4, 'einsum'), ('full', 6, 'einsum'), ('full', 6, 'index')],
+)
+def test_all_to_all_of_stage_3_of_shapes(remat, layer, dispatch):
   """2 forward and 2 backward per sparse layer; remat runs forward twice."""
   cfg = tiny.train_config(
-      model__remat=remat, mesh__data=2, mesh__fsdp=1, mesh__expert=4
+      model__remat=remat,
+      model__moe__dispatch=dispatch,
+      mesh__data=2,
+      mesh__fsdp=1,
+      mesh__expert=4,
   )
   mesh = placement.mesh_for(cfg, 'moe')
   vision, rows = cfg.model.vision, 16

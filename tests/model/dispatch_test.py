@@ -3,6 +3,7 @@
 
 import dataclasses
 import functools
+import re
 
 import flax.linen as nn
 import jax
@@ -12,6 +13,7 @@ import pytest
 
 from moellava_jax import config, sharding
 from moellava_jax.model import dispatch, experts, layers, moe, ragged
+from moellava_jax.model import routing as routing_lib
 from tests import tiny
 
 ROWS, LENGTH, WIDTH = 8, 11, 8
@@ -21,8 +23,8 @@ REAL_BT = np.arange(LENGTH) < np.array([11, 9, 0, 4, 11, 3, 8, 10])[:, None]
 FAST = {'xla_backend_optimization_level': 0}
 
 
-def _config(**changes):
-  return tiny.moe_config(second_choice='argmax', **changes)
+def _config(dispatch='einsum', **changes):
+  return tiny.moe_config(dispatch=dispatch, second_choice='argmax', **changes)
 
 
 def _layer(cfg, kind='gelu_tanh'):
@@ -129,6 +131,32 @@ def test_index_of_accelerators_has_the_same_gradients(monkeypatch):
   _close(_run(dataclasses.replace(cfg, dispatch='index')), expected)
 
 
+@pytest.mark.parametrize('platform', ['cpu', 'gpu'])
+def test_index_scatters_integers_only(platform, monkeypatch):
+  """Forward and backward; what autodiff makes of a gather adds up floats."""
+  monkeypatch.setattr(layers, 'platform', lambda: platform)
+  cfg = dataclasses.replace(CASES['top-2 with drops'], dispatch='index')
+  params = _params(dataclasses.replace(cfg, dispatch='einsum'), 'gelu_tanh')
+  text = str(jax.make_jaxpr(_program(cfg))(params, _input()))
+  scattered = re.findall(r'(\w+)\[[\d,]*\] = scatter', text)
+  assert scattered and set(scattered) == {'i32'}
+
+
+def test_index_adds_up_in_fp32():
+  """Experts that return what they get: the weights of a token sum to 1."""
+  rng = np.random.default_rng(0)
+  routing = routing_lib.route(
+      rng.normal(size=(2, 16, 4)).astype(np.float32),
+      np.ones((2, 16), bool),
+      top_k=3,
+      capacity=16,
+  )
+  x_GSD = rng.normal(size=(2, 16, WIDTH)).astype(jnp.bfloat16)
+  y_GSD = dispatch.index(x_GSD, routing, 16, lambda x: x, jnp.bfloat16)
+  assert y_GSD.dtype == jnp.float32
+  np.testing.assert_allclose(y_GSD, x_GSD.astype(np.float32), rtol=1e-6)
+
+
 @pytest.mark.parametrize('kind, top_k', [('gelu_tanh', 2), ('swiglu', 1)])
 def test_ragged_equals_the_products_that_drop_nothing(kind, top_k, monkeypatch):
   monkeypatch.setattr(ragged, '_BLOCK', 4)  # Several for some of the experts.
@@ -221,12 +249,18 @@ MESHES = {
 
 
 @pytest.mark.parametrize(
-    'name, group',
-    [('8x1', 'row'), ('2x4', 'row'), ('2x2x2', 'row'), ('2x4', 'batch')],
+    'name, case',
+    [
+        ('8x1', 'top-2 with drops'),
+        ('2x4', 'top-2 with drops'),
+        ('2x4', 'top-1'),
+        ('2x4', 'one group'),
+        ('2x2x2', 'top-2 with drops'),
+        ('fsdp and tensor', 'padding takes slots'),
+    ],
 )
-def test_index_is_the_same_on_every_mesh(name, group):
-  cfg = _config(group=group, capacity_factor=0.3)
-  _, stats, _ = _compare(cfg, 'index', name)
+def test_index_is_the_same_on_every_mesh(name, case):
+  _, stats, _ = _compare(CASES[case], 'index', name)
   assert np.sum(stats.kept_ME) < np.sum(stats.assigned_ME)
 
 

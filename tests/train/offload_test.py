@@ -41,7 +41,12 @@ def _program(stage, scan=False, memory='device'):
 
 @functools.cache
 def _after_two_steps(scan, memory):
-  """(program, state, memory kinds of the moments before and after) of `moe`."""
+  """Of `moe`.
+
+  Returns:
+    The program, the state, the memory kinds of the moments before and after,
+    and the memory spaces of the sum of gradients between micro-batches.
+  """
   made, cfg, mesh = _program('moe', scan, memory)
   data = sharding.put_batch(tiny.batch(cfg.model, rows=16), mesh)
   drawn = tiny.params_of(made.model.cfg)
@@ -50,11 +55,12 @@ def _after_two_steps(scan, memory):
     trained, frozen = made.stack(made.split(params))
     state = made.init_state(trained)
     step = made.train_step(state, frozen)
+    sums = _memory_of_sums(step.trace(state, frozen, data).jaxpr, trained)
     kinds = [_memory_of_moments(state)]
     for _ in range(2):
       state, _ = step(state, frozen, data)
       kinds.append(_memory_of_moments(state))
-  return made, state, kinds
+  return made, state, kinds, sums
 
 
 def _memory_of_moments(state):
@@ -64,16 +70,28 @@ def _memory_of_moments(state):
   }
 
 
+def _memory_of_sums(jaxpr, trained):
+  """Memory spaces of what the loop over micro-batches carries of `trained`."""
+  (loop,) = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == 'scan']
+  carried = loop.outvars[: loop.params['num_carry']]
+  leaves = jax.tree.leaves(trained)
+  sums = [var.aval for var in carried[-len(leaves) :]]
+  assert [x.shape for x in sums] == [x.shape for x in leaves]
+  return {x.memory_space for x in sums}
+
+
 def _assert_equal(ours, theirs):
   assert jax.tree.structure(ours) == jax.tree.structure(theirs)
   jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
-def test_optimizer_state_waits_in_host_memory():
-  _, there, kinds = _after_two_steps(False, 'device')
+def test_optimizer_state_and_gradients_wait_in_host_memory():
+  _, there, kinds, sums = _after_two_steps(False, 'device')
   assert kinds == [{'device'}] * 3
-  _, state, kinds = _after_two_steps(False, 'pinned_host')
+  assert sums == {jax.memory.Space.Device}
+  _, state, kinds, sums = _after_two_steps(False, 'pinned_host')
   assert kinds == [{'pinned_host'}] * 3
+  assert sums == {jax.memory.Space.Host}
   _assert_equal(state, there)
   trained = jax.tree.leaves(state.trained)
   assert {x.sharding.memory_kind for x in trained} == {'device'}
@@ -93,9 +111,10 @@ def test_a_backend_without_host_memory_is_an_error(monkeypatch):
 
 
 def test_a_stacked_stage_trains_as_single_layers_do():
-  _, want, _ = _after_two_steps(False, 'device')
-  made, state, kinds = _after_two_steps(True, 'pinned_host')
+  _, want, *_ = _after_two_steps(False, 'device')
+  made, state, kinds, sums = _after_two_steps(True, 'pinned_host')
   assert kinds == [{'pinned_host'}] * 3
+  assert sums == {jax.memory.Space.Host}
   stacked = trees.flatten(state.trained)
   assert not [path for path in stacked if path.startswith('llm/layers_0/')]
   # The axis of the layers is whole: every device has its part of each layer.
@@ -112,7 +131,7 @@ def test_a_stacked_stage_trains_as_single_layers_do():
 @pytest.mark.parametrize('scan', [True, False])
 def test_a_step_restores_in_the_other_form(tmp_path, scan):
   """Saved with a loop and restored without one, and the other way round."""
-  made, state, _ = _after_two_steps(scan, 'pinned_host' if scan else 'device')
+  made, state, *_ = _after_two_steps(scan, 'pinned_host' if scan else 'device')
   other, cfg, mesh = _program(
       'moe', not scan, 'device' if scan else 'pinned_host'
   )
