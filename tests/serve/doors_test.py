@@ -14,6 +14,7 @@ import openai
 from PIL import Image
 import pytest
 
+from moellava_jax import sharding
 from moellava_jax.infer import chat as chat_lib
 from moellava_jax.infer import generate, requests, tracing
 from moellava_jax.serve import cli
@@ -105,6 +106,8 @@ def test_the_python_of_the_readme_runs(
   for seed, name in enumerate(('a.png', 'b.png')):
     serving.picture(seed).save(tmp_path / name)
   monkeypatch.chdir(tmp_path)
+  # There are 8 in tests, each of which would take part in every step.
+  monkeypatch.setattr(sharding, 'data_mesh', serving.one_device)
   found = {}
   exec(code, found)
   said = capsys.readouterr().out
