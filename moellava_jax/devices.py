@@ -39,8 +39,8 @@ def sizes(cfg: config.MeshConfig, count: int) -> tuple[int, ...]:
   if math.prod(values) != count:
     raise config.UserError(
         f'Mesh {asked} needs {math.prod(values)} devices, but there are'
-        f' {count}. Set --config.mesh.* to sizes whose product is {count}, one'
-        ' of them -1 to fill.'
+        f' {count}. Set --config.mesh.* (or --mesh) to sizes whose product is'
+        f' {count}, one of them -1 to fill.'
     )
   return tuple(values)
 

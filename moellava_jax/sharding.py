@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import math
 import os
+import re
 from typing import Any
 
 import flax.linen as nn
@@ -92,6 +93,32 @@ def make_mesh(cfg: config.MeshConfig, given: Any = None) -> Mesh:
     )
   given = jax.devices() if given is None else list(given)
   return _mesh(devices.sizes(cfg, len(given)), given)
+
+
+def parse_mesh(text: str) -> Mesh:
+  """The mesh that a flag names: 'fsdp=2,expert=2'; `data` is the rest.
+
+  Raises:
+    UserError: not sizes of axes, or what `make_mesh` raises.
+  """
+  sizes: dict[str, int] = {}
+  for part in text.split(','):
+    axis, _, size = (word.strip() for word in part.partition('='))
+    if axis not in AXES or axis in sizes or not re.fullmatch(r'-?\d+', size):
+      raise config.UserError(
+          f'--mesh={text}: {part!r} is not understood. Give sizes of'
+          f' {", ".join(AXES)}, each once, as in --mesh=fsdp=2,expert=2; data'
+          ' takes the devices that are left.'
+      )
+    sizes[axis] = int(size)
+  return make_mesh(
+      config.MeshConfig(
+          **{'data': -1, 'fsdp': None, 'expert': None, 'tensor': 1, **sizes},
+          cpu_devices=1,
+          print_table=False,
+          optimizer_memory='device',
+      )
+  )
 
 
 def data_mesh() -> Mesh:

@@ -27,11 +27,19 @@ def _has(section: Any, path: str) -> bool:
 
 def commands(markdown: str) -> list[str]:
   """The lines of code blocks, those that end in a backslash joined."""
-  blocks = re.findall(
-      r'^```bash\n(.*?)^```', markdown, re.DOTALL | re.MULTILINE
-  )
-  lines = '\n'.join(blocks).replace('\\\n', ' ').splitlines()
+  lines = '\n'.join(_blocks(markdown, 'bash')).replace('\\\n', ' ').splitlines()
   return [line.split(' # ')[0].strip() for line in lines if line.strip()]
+
+
+def python(markdown: str) -> list[str]:
+  """The code blocks of Python."""
+  return _blocks(markdown, 'python')
+
+
+def _blocks(markdown: str, language: str) -> list[str]:
+  return re.findall(
+      rf'^```{language}\n(.*?)^```', markdown, re.DOTALL | re.MULTILINE
+  )
 
 
 def flags_of(source: str) -> set[str]:

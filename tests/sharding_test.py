@@ -41,6 +41,20 @@ def test_mesh_sizes_are_checked_against_the_devices():
     _mesh(data=-1, expert=-1)
 
 
+def test_a_flag_names_a_mesh():
+  assert dict(sharding.parse_mesh('fsdp=2, expert=2').shape) == {
+      'data': 2,
+      'fsdp': 2,
+      'expert': 2,
+      'tensor': 1,
+  }
+  with pytest.raises(config.UserError, match='needs 6 devices, .* there are 8'):
+    sharding.parse_mesh('fsdp=3')
+  for text in ('', 'fsdp', 'experts=2', 'fsdp=2,fsdp=2', 'tensor=two'):
+    with pytest.raises(config.UserError, match='as in --mesh=fsdp=2,expert=2'):
+      sharding.parse_mesh(text)
+
+
 def test_parameters_are_created_where_they_belong():
   cfg = tiny.model_config(moe=tiny.moe_config())
   mesh = _mesh(data=2, expert=4)

@@ -67,6 +67,11 @@ def define_flags() -> None:
   flags.DEFINE_integer(
       'cpu_devices', 1, 'Devices to simulate where there is only a CPU.'
   )
+  flags.DEFINE_string(
+      'mesh',
+      None,
+      'Split the parameters: fsdp=2,expert=2; unset: all on every device.',
+  )
   flags.DEFINE_integer(
       'max_new_tokens', None, 'Unset: the benchmark decides.', lower_bound=1
   )

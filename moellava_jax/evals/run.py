@@ -49,6 +49,7 @@ class Options:
   temperature: float
   image_aspect: str | None  # None: the model's.
   cpu_devices: int
+  mesh: str | None  # None: all parameters on every device.
   shard: str | None
   routing_trace: bool
 
@@ -178,7 +179,7 @@ def _evaluate_model(
   assert options.out is not None
   out = pathlib.Path(options.out)
   try:
-    chat = chat_lib.load(path, options.cpu_devices)
+    chat = chat_lib.load(path, options.cpu_devices, options.mesh)
   except (OSError, ValueError) as e:
     raise base.EvalError(f'--model={path}: {e}') from e
   most = benchmarks.get(options.benchmark).max_new_tokens

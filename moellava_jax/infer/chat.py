@@ -316,7 +316,7 @@ class Chat(NamedTuple):
 def load(
     path: str,
     cpu_devices: int = 1,
-    mesh: jax.sharding.Mesh | None = None,
+    mesh: jax.sharding.Mesh | str | None = None,
 ) -> Chat:
   """Loads a RUN, STAGE, STEP or final directory.
 
@@ -329,14 +329,19 @@ def load(
     cpu_devices: devices to simulate where there is only a CPU; batches are
       split over all devices.
     mesh: where the parameters lie, split by the rules of `sharding`, such as
-      `sharding.make_mesh` makes for a model that is larger than a device. None:
-      all devices, each with all parameters.
+      `sharding.make_mesh` makes for a model that is larger than a device; or
+      its sizes, such as 'fsdp=2,expert=2'. None: all devices, each with all
+      parameters.
 
   Raises:
     CheckpointError: nothing to load there.
+    UserError: a mesh that the devices cannot make.
   """
   sharding.simulate_devices(cpu_devices)
-  mesh = sharding.data_mesh() if mesh is None else mesh
+  if mesh is None:
+    mesh = sharding.data_mesh()
+  elif isinstance(mesh, str):
+    mesh = sharding.parse_mesh(mesh)
   cfg, stage = checkpoint.describe(path)
   model = llava.Llava(_kernel_optional(cfg.stage_model(stage)))
   stored = {}

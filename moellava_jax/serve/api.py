@@ -64,6 +64,7 @@ class Options:
   allowed_hosts: tuple[str, ...]
   drain_seconds: int
   cpu_devices: int
+  mesh: str | None
 
 
 def define_flags() -> None:
@@ -101,6 +102,11 @@ def define_flags() -> None:
   )
   flags.DEFINE_integer(
       'cpu_devices', 1, 'Devices to simulate where there is only a CPU.', 1
+  )
+  flags.DEFINE_string(
+      'mesh',
+      None,
+      'Split the parameters: fsdp=2,expert=2; unset: all on every device.',
   )
 
 
@@ -299,7 +305,7 @@ def serve(options: Options) -> int:
     UserError, OSError: the model cannot be loaded or served.
   """
   sock = bind(options.host, options.port)
-  chat = chat_lib.load(options.model, options.cpu_devices)
+  chat = chat_lib.load(options.model, options.cpu_devices, options.mesh)
   service = Service(options, chat)
   server = http_server(service, options.drain_seconds)
   service.scheduler.start(

@@ -171,11 +171,16 @@ def define_flags() -> None:
   flags.DEFINE_integer(
       'cpu_devices', 1, 'Devices to simulate where there is only a CPU.', 1
   )
+  flags.DEFINE_string(
+      'mesh',
+      None,
+      'Split the parameters: fsdp=2,expert=2; unset: all on every device.',
+  )
 
 
 def _run() -> None:
   values = flags.FLAGS
-  chat = chat_lib.load(values.model, values.cpu_devices)
+  chat = chat_lib.load(values.model, values.cpu_devices, values.mesh)
   conversation = Conversation(
       chat,
       Sampling(

@@ -49,6 +49,7 @@ class Options:
   max_upload_mb: int
   max_megapixels: int
   cpu_devices: int
+  mesh: str | None
 
 
 def define_flags() -> None:
@@ -72,6 +73,11 @@ def define_flags() -> None:
   )
   flags.DEFINE_integer(
       'cpu_devices', 1, 'Devices to simulate where there is only a CPU.', 1
+  )
+  flags.DEFINE_string(
+      'mesh',
+      None,
+      'Split the parameters: fsdp=2,expert=2; unset: all on every device.',
   )
 
 
@@ -162,7 +168,7 @@ def launch(options: Options, chat: chat_lib.Chat, uploads: str):
 
 
 def _serve(options: Options) -> None:
-  chat = chat_lib.load(options.model, options.cpu_devices)
+  chat = chat_lib.load(options.model, options.cpu_devices, options.mesh)
   with tempfile.TemporaryDirectory(prefix='moellava_web_') as uploads:
     try:
       demo = launch(options, chat, uploads)

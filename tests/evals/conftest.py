@@ -104,7 +104,7 @@ def chats(monkeypatch):
   """Makes `infer.chat.load(path)` return fakes; yields {path: fake}."""
   loaded = {}
 
-  def load(path, cpu_devices=1):
+  def load(path, cpu_devices=1, mesh=None):
     name = str(path).rstrip('/').rsplit('/', 1)[-1]
     return loaded.setdefault(str(path), FakeChat(name, f'digest-of-{name}'))
 

@@ -55,6 +55,7 @@ def options(tmp_path, questions, images, write_jsonl):
         'temperature': 0.0,
         'image_aspect': None,
         'cpu_devices': 1,
+        'mesh': None,
         'shard': None,
         'routing_trace': False,
     }
@@ -214,7 +215,7 @@ def test_two_models_of_one_name_do_not_overwrite_each_other(
 
 
 def test_a_model_that_does_not_load_is_named(chats, options, monkeypatch):
-  def load(path, cpu_devices=1):
+  def load(path, cpu_devices=1, mesh=None):
     raise ValueError('no finished stage')
 
   monkeypatch.setattr('moellava_jax.infer.chat.load', load)

@@ -47,6 +47,7 @@ def options(tmp_path):
       temperature=0.0,
       image_aspect=None,
       cpu_devices=1,
+      mesh=None,
       shard=None,
       routing_trace=False,
   )

@@ -6,6 +6,7 @@ from PIL import Image
 import pytest
 
 from moellava_jax import config
+from moellava_jax.infer import chat as chat_lib
 from moellava_jax.infer import engine as engine_lib
 from moellava_jax.infer import generate, requests, sampling
 
@@ -22,6 +23,14 @@ OPTIONS = (
 
 @pytest.fixture(scope='module')
 def engine(chat):
+  """A slot on each of the 8 devices."""
+  return engine_lib.Engine(chat, slots=8, context=64)
+
+
+@pytest.fixture
+def split(checkpoint_dir):
+  """A slot on each of 4 pairs of devices, that also split the parameters."""
+  chat = chat_lib.load(checkpoint_dir, mesh='fsdp=2,expert=2,tensor=2')
   return engine_lib.Engine(chat, slots=4, context=64)
 
 
@@ -60,7 +69,13 @@ def alone(chat, prompts):
   return found
 
 
-def test_slots_that_come_and_go_equal_each_one_alone(engine, prompts, alone):
+@pytest.mark.parametrize('placed', ['engine', 'split'])
+def test_slots_that_come_and_go_equal_each_one_alone(
+    placed, prompts, alone, request
+):
+  engine = request.getfixturevalue(placed)
+  rows = engine._state.token_B.addressable_shards
+  assert {shard.data.size for shard in rows} == {1}
   assert len({tuple(tokens) for tokens in alone}) == len(alone)
   tokens: dict[int, list[int]] = {}
   slot_of: dict[int, int] = {}

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from moellava_jax import config, sharding
 from moellava_jax.infer import generate, sampling
@@ -19,16 +20,15 @@ NEW = 6
 def _prompts(cfg, count=5, seed=0):
   """Prompts of one bucket; those of odd numbers are text alone."""
   rng = np.random.default_rng(seed)
+  return [_prompt(rng, cfg, 17 + n, 1 - n % 2) for n in range(count)]
+
+
+def _prompt(rng, cfg, length, images):
   size, patches = cfg.vision.image_size, cfg.vision.num_tokens
-  prompts = []
-  for n in range(count):
-    text = rng.integers(4, cfg.llm.vocab_size, 17 + n)
-    images = np.zeros((0, size, size, 3), np.uint8)
-    if n % 2 == 0:
-      text[1 : 1 + patches] = config.IMAGE_TOKEN
-      images = rng.integers(0, 256, (1, size, size, 3), np.uint8)
-    prompts.append(generate.Prompt(text.astype(np.int32), images))
-  return prompts
+  text_L = rng.integers(4, cfg.llm.vocab_size, length).astype(np.int32)
+  text_L[1 : 1 + images * patches] = config.IMAGE_TOKEN
+  shape = (images, size, size, 3)
+  return generate.Prompt(text_L, rng.integers(0, 256, shape, np.uint8))
 
 
 def _generate(
@@ -70,6 +70,25 @@ def test_a_ragged_batch_equals_one_by_one():
     for n, prompt in enumerate(prompts):
       (alone,) = _generate(cfg, params, [prompt], 1, first_seed=n, **options)
       np.testing.assert_array_equal(together[n], alone)
+
+
+@pytest.mark.slow
+def test_a_row_does_not_depend_on_longer_ones_with_more_images():
+  cfg = tiny.model_config(moe=tiny.moe_config())
+  params, rng = tiny.params_of(cfg), np.random.default_rng(0)
+  prompts = [
+      _prompt(rng, cfg, length, images)
+      for length, images in ((17, 0), (30, 1), (60, 3))
+  ]
+  assert len({generate.bucket(len(p.tokens_L)) for p in prompts}) == 3
+  one = jax.sharding.Mesh(
+      np.array(jax.devices()[:1]).reshape(1, 1, 1, 1), sharding.AXES
+  )
+  together = _generate(cfg, params, prompts, 3, mesh=one)
+  assert len({tuple(answer) for answer in together}) == len(prompts)
+  for prompt, expected in zip(prompts, together, strict=True):
+    (alone,) = _generate(cfg, params, [prompt], 1, mesh=one)
+    np.testing.assert_array_equal(alone, expected)
 
 
 def test_greedy_equals_the_argmax_of_full_recomputation():

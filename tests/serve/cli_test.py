@@ -139,6 +139,8 @@ def test_a_prompt_is_answered_and_that_is_all(model_dir, chat, tmp_path):
       f'--image={path}',
       '--prompt=left ?',
       '--max_new_tokens=8',
+      '--cpu_devices=4',
+      '--mesh=fsdp=2,expert=2',
   )
   assert found.returncode == 0, found.stderr
   expected = chat.chat(serving.picture(3), 'left ?', max_new_tokens=8)

@@ -7,7 +7,7 @@ from etils import epath
 import jax
 import pytest
 
-from moellava_jax import checkpoint, sharding
+from moellava_jax import checkpoint
 from moellava_jax.data import tokenizer as tokenizer_lib
 from moellava_jax.infer import chat as chat_lib
 from moellava_jax.infer import engine as engine_lib
@@ -37,11 +37,7 @@ def model_dir(tmp_path_factory):
 
 @pytest.fixture(scope='session')
 def chat(model_dir):
-  one = dataclasses.replace(
-      tiny.train_config().mesh, data=1, fsdp=1, expert=1, tensor=1
-  )
-  mesh = sharding.make_mesh(one, jax.devices()[:1])
-  return chat_lib.load(model_dir, mesh=mesh)
+  return chat_lib.load(model_dir, mesh=serving.one_device())
 
 
 @pytest.fixture(scope='session')

@@ -2,6 +2,10 @@
 """Many clients at a time, and how long the first token takes."""
 
 from concurrent import futures
+import contextlib
+import ctypes
+import gc
+import itertools
 import json
 import statistics
 import threading
@@ -50,39 +54,63 @@ class _Peak:
     self._thread.join()
 
 
-def _load(server, alone, clients: int, requests: int, capsys) -> None:
-  pictures = [_large(seed) for seed in range(clients)]
+def _told_apart(alone, count: int) -> dict[str, Image.Image]:
+  """Pictures by their answers, no two of which are equal."""
   turns = (('human', f'<image>\n{TEXT}'),)
-  expected = [
-      alone(chat_lib.Request(turns, (image,)), 12) for image in pictures
-  ]
-  assert len(set(expected)) > clients // 3
-  urls = [serving.data_uri(image) for image in pictures]
+  found = {}
+  for seed in itertools.count():
+    image = _large(seed)
+    found.setdefault(alone(chat_lib.Request(turns, (image,)), 12), image)
+    if len(found) == count:
+      return found
+    assert seed < 20 * count
+
+
+def _memory() -> int:
+  """Bytes of this process that are in use, and not only kept for later."""
+  gc.collect()
+  with contextlib.suppress(OSError, AttributeError):
+    ctypes.CDLL(None).malloc_trim(0)
+  return psutil.Process().memory_info().rss
+
+
+def _load(server, alone, clients: int, requests: int, capsys) -> None:
+  pictures = _told_apart(alone, clients)
+  expected = list(pictures)
+  urls = [serving.data_uri(image) for image in pictures.values()]
   assert 1.8e6 < len(urls[0]) * 3 / 4 < 4e6
   together = threading.Barrier(clients)
+  count = requests // 2
 
   def ask(n):
     given = serving.body(serving.question(TEXT, urls[n]), max_tokens=12)
     with server.client() as client:
       asking = client.with_options(timeout=600).chat.completions
       together.wait()
-      found = [asking.create(**given) for _ in range(requests)]
+      found = [asking.create(**given) for _ in range(count)]
     return [one.choices[0].message.content for one in found]
 
-  begin = time.monotonic()
-  with _Peak() as peak, futures.ThreadPoolExecutor(clients) as pool:
-    answers = list(pool.map(ask, range(clients)))
+  begin, after = time.monotonic(), []
+  with _Peak() as peak:
+    for _ in range(2):
+      with futures.ThreadPoolExecutor(clients) as pool:
+        answers = list(pool.map(ask, range(clients)))
+      assert answers == [[one] * count for one in expected]
+      after.append(_memory())
   seconds = time.monotonic() - begin
-  assert answers == [[one] * requests for one in expected]
   grown = (peak.most - peak.before) / 1e6
+  kept = (after[1] - after[0]) / 1e6
   with capsys.disabled():
     print(
         f'\n{clients} clients x {requests} requests: {seconds:.1f} s,'
         f' {clients * requests / seconds:.1f} requests/s, memory of client'
-        f' and server grew by {grown:.0f} MB at most'
+        f' and server grew by {grown:.0f} MB at most, by {kept:.0f} MB from'
+        ' the first half to the second'
     )
   # Twice the bodies in JSON by the clients, which are in this process too.
   assert grown < 300 + clients * 20
+  # Nothing of a request stays. The rest is what allocators keep.
+  assert kept < 80 + clients * requests * 0.1
   gate = server.service.api._gate
   serving.until(lambda: gate.inside == 0)
   assert gate._bytes == 0

@@ -3,20 +3,28 @@
 
 import base64
 import contextlib
+import dataclasses
 import http.client
 import io
 import json
+import os
+import subprocess
+import sys
 import threading
 import time
 from typing import Any, NamedTuple
 
+import httpx
+import jax
 import numpy as np
 import openai
 from PIL import Image
 import uvicorn
 
+from moellava_jax import sharding
 from moellava_jax.infer import engine as engine_lib
 from moellava_jax.serve import api
+from tests import tiny
 
 NAME = 'tiny'
 # Compiling is what takes time: four lengths, with an image and without.
@@ -40,6 +48,7 @@ OPTIONS = api.Options(
     allowed_hosts=(),
     drain_seconds=20,
     cpu_devices=1,
+    mesh=None,
 )
 
 
@@ -135,6 +144,38 @@ class Gated(engine_lib.Engine):
 
 
 @contextlib.contextmanager
+def started(name: str, *flags: str, **env: str):
+  """A command of this folder as a process."""
+  process = subprocess.Popen(
+      [sys.executable, '-m', f'moellava_jax.serve.{name}', *flags],
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+      env={**os.environ, 'XLA_FLAGS': '', **env},
+  )
+  try:
+    yield process
+  finally:
+    process.kill()
+    process.communicate()
+
+
+def address(process: subprocess.Popen[str]) -> str:
+  """Where `api` listens, once it is ready."""
+  assert process.stdout is not None
+  url = process.stdout.readline().split()[1].removesuffix('/v1,')
+
+  def healthy() -> bool:
+    try:
+      return call(url, '/health').status == 200
+    except OSError:  # The address is said before anybody listens.
+      return False
+
+  until(healthy, 180)
+  return url
+
+
+@contextlib.contextmanager
 def listening(service: api.Service):
   """Serves on a free port for the time of the context; yields its address."""
   sock = api.bind('127.0.0.1', 0)
@@ -159,6 +200,44 @@ def running(service: api.Service):
       yield found
   finally:
     assert service.close(60)
+
+
+def upload(http, name: str, data: bytes) -> httpx.Response:
+  """Sends a file to the page."""
+  return http.post('/gradio_api/upload', files={'files': (name, data)})
+
+
+def press(http, name: str, session: str, inputs) -> list:
+  """What the event of a function of `Page` puts out, step by step."""
+  (event,) = (
+      d
+      for d in http.get('/config').json()['dependencies']
+      if d['api_name'].startswith(name)
+  )
+  joined = http.post(
+      '/gradio_api/queue/join',
+      json={'data': inputs, 'fn_index': event['id'], 'session_hash': session},
+  )
+  assert joined.status_code == 200, joined.text
+  found = []
+  url = f'/gradio_api/queue/data?session_hash={session}'
+  with http.stream('GET', url) as stream:
+    for line in stream.iter_lines():
+      step = json.loads(line.removeprefix('data: ')) if line else {}
+      if step.get('msg') in ('process_generating', 'process_completed'):
+        assert step['success'], step
+        found.append(step['output'].get('data'))
+      if step.get('msg') == 'close_stream':
+        return found
+  raise AssertionError('the stream ended early')
+
+
+def one_device() -> jax.sharding.Mesh:
+  """As a command has where nobody asks for more."""
+  one = dataclasses.replace(
+      tiny.train_config().mesh, data=1, fsdp=1, expert=1, tensor=1
+  )
+  return sharding.make_mesh(one, jax.devices()[:1])
 
 
 def picture(seed: int, size: int = 40) -> Image.Image:

@@ -278,10 +278,10 @@ def site(model_dir, tmp_path_factory):
   """The address of the command's page."""
   folder = tmp_path_factory.mktemp('site')
   flags = ['--max_new_tokens=16', '--max_upload_mb=1', '--max_megapixels=1']
+  flags += ['--cpu_devices=2', '--mesh=fsdp=2']
   with open(folder / 'stderr', 'wb') as stderr:
     process = subprocess.Popen(
         [sys.executable, '-m', MODULE, f'--model={model_dir}', *flags],
-        # One device, as that of `chat`.
         env={**os.environ, 'XLA_FLAGS': '', 'TMPDIR': str(folder)},
         stdout=subprocess.PIPE,
         stderr=stderr,
@@ -309,53 +309,26 @@ def http(site):
     yield client
 
 
-def _upload(http, name: str, data: bytes) -> httpx.Response:
-  return http.post('/gradio_api/upload', files={'files': (name, data)})
-
-
 def _png(seed: int) -> bytes:
   uri = serving.data_uri(serving.picture(seed))
   return media._data_uri(uri, 'image')
 
 
-def _call(http, name: str, session: str, inputs) -> list:
-  """What the event of a function of `Page` puts out, step by step."""
-  (event,) = (
-      d
-      for d in http.get('/config').json()['dependencies']
-      if d['api_name'].startswith(name)
-  )
-  joined = http.post(
-      '/gradio_api/queue/join',
-      json={'data': inputs, 'fn_index': event['id'], 'session_hash': session},
-  )
-  assert joined.status_code == 200, joined.text
-  found = []
-  url = f'/gradio_api/queue/data?session_hash={session}'
-  with http.stream('GET', url) as stream:
-    for line in stream.iter_lines():
-      step = json.loads(line.removeprefix('data: ')) if line else {}
-      if step.get('msg') in ('process_generating', 'process_completed'):
-        assert step['success'], step
-        found.append(step['output'].get('data'))
-      if step.get('msg') == 'close_stream':
-        return found
-  raise AssertionError('the stream ended early')
-
-
 def test_answers_come_in_pieces_and_the_experts_after_them(http, chat):
-  (path,) = _upload(http, 'a.png', _png(4)).json()
+  (path,) = serving.upload(http, 'a.png', _png(4)).json()
   session = uuid.uuid4().hex
   file = {'path': path, 'meta': {'_type': 'gradio.FileData'}}
   box = {'text': 'what ?', 'files': [file]}
-  steps = _call(http, 'ask', session, [box, None, 0, LONGEST])
+  steps = serving.press(http, 'ask', session, [box, None, 0, LONGEST])
   assert len(steps) > 5
   # The first is whole, the others are differences; the trace is whole again.
-  shown, _, bars, chips = _call(http, 'trace', session, [None, None])[-1]
+  shown, _, bars, chips = serving.press(http, 'trace', session, [None, None])[
+      -1
+  ]
   answer = chat.chat(serving.picture(4), 'what ?', max_new_tokens=LONGEST)
   assert shown[-1]['content'][0]['text'] == answer
   assert 'layer 0<' in bars and 'class="token"' in chips
-  other = _call(http, 'trace', uuid.uuid4().hex, [None, None])[-1]
+  other = serving.press(http, 'trace', uuid.uuid4().hex, [None, None])[-1]
   assert other[0] == [] and 'class="token"' not in other[3]
 
 
@@ -365,14 +338,14 @@ def test_nothing_but_uploads_is_read(http, model_dir):
   file = {'path': '/etc/passwd', 'meta': {'_type': 'gradio.FileData'}}
   box = {'text': 'what ?', 'files': [file]}
   with pytest.raises(AssertionError, match='success'):
-    _call(http, 'ask', uuid.uuid4().hex, [box, None, 0, 4])
-  (path,) = _upload(http, 'a.png', _png(0)).json()
+    serving.press(http, 'ask', uuid.uuid4().hex, [box, None, 0, 4])
+  (path,) = serving.upload(http, 'a.png', _png(0)).json()
   assert http.get(f'/gradio_api/file={path}').content == _png(0)
 
 
 def test_uploads_have_a_limit(http):
-  assert _upload(http, 'a.png', bytes(1 << 21)).status_code == 413
-  assert _upload(http, 'a.png', bytes(1 << 10)).status_code == 200
+  assert serving.upload(http, 'a.png', bytes(1 << 21)).status_code == 413
+  assert serving.upload(http, 'a.png', bytes(1 << 10)).status_code == 200
 
 
 def test_the_page_is_for_this_machine(http):
