@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run answers alike in Python, terminal, API and page; so does the README's.
+"""A run answers alike in Python, terminal, API and page; README's Python runs.
 
-MOELLAVA_RUN=DIR asks another run, such as that of the quickstart.
+MOELLAVA_RUN=DIR is the run, such as that of the quickstart.
 """
 
 import contextlib
@@ -60,9 +60,10 @@ def _in_page(process, path, text):
 
 
 @pytest.mark.slow
-def test_a_run_answers_alike_through_all_doors(request, capsys):
+def test_a_run_answers_alike_through_all_doors(capsys):
   run = os.environ.get('MOELLAVA_RUN')
-  run = run or str(request.getfixturevalue('trained')[0])
+  if not run:
+    pytest.skip('MOELLAVA_RUN names no run')
   text, path = page_lib.examples(run)[0]
   model = f'--model={run}'
   asked = (model, f'--image={path}', f'--prompt={text}')
