@@ -10,12 +10,15 @@ bash launch/chaos.sh [OPTIONS]
 
 Proves that a run survives being killed: trains Shapes (a few steps of two
 stages) once undisturbed and once with kill -9 of one of its processes at random
-moments (while it starts, in a step, in a save) and SIGTERM now and then. After
+moments, in a save, in a step and while it starts in turn. Before the first kill
+and every fourth after it one process gets SIGTERM in a step: within 30 s all
+have to end with 75, and the last step that was done has to be a checkpoint. After
 every round each step must be in the history once, with the loss and the samples
 of the undisturbed run, and every checkpoint must be readable; at the end the
-weights must be the same bit for bit.
+weights must be the same bit for bit. What comes too late, when a run is over,
+does not count, and is done again with a new run.
 
-  --rounds=N        kills (default: 20)
+  --rounds=N        kills, beside the SIGTERMs (default: 20)
   --processes=N     of the run (default: 2)
   --cpu-devices=M   simulated devices of each (default: 2)
   --seed=N          of the moments (default: 0)

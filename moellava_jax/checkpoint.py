@@ -21,7 +21,6 @@ import contextlib
 import hashlib
 import json
 import math
-import time
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -287,17 +286,10 @@ def _read_meta(step: epath.Path) -> dict[str, Any]:
 
 
 class Stage:
-  """The checkpoints of one stage of a run.
-
-  Attributes:
-    count: saves begun.
-    blocked: seconds for which they kept the caller waiting.
-  """
+  """The checkpoints of one stage of a run."""
 
   def __init__(self, run: str, stage: str, cfg: config.CheckpointConfig):
     self.name = stage
-    self.count = 0
-    self.blocked = 0.0
     self._run = run_folder.absolute(run)
     self._dir = self._run / stage
     policies = ocp.checkpoint_managers
@@ -328,7 +320,7 @@ class Stage:
 
   def save(
       self, step: int, trained: Any, optimizer: Any, meta: dict[str, Any]
-  ) -> float:
+  ) -> None:
     """Starts an asynchronous save; the previous one is waited for.
 
     Args:
@@ -337,13 +329,9 @@ class Stage:
       optimizer: what goes on with them.
       meta: JSON; `meta['frozen']` is what `save_frozen` returned.
 
-    Returns:
-      The seconds until training may go on.
-
     Raises:
       CheckpointError: this save, or the one before, has failed.
     """
-    began = time.monotonic()
     self.wait()
     frozen = self._run / 'frozen' / meta['frozen'] / 'params'
     gone = [self._dir] if run_folder.is_gone(self._dir) else []
@@ -366,10 +354,6 @@ class Stage:
           ),
           force=True,
       )
-    seconds = time.monotonic() - began
-    self.count += 1
-    self.blocked += seconds
-    return seconds
 
   def _saving(self, what: str):
     return _explained(f'{what} cannot be saved in {self._dir}', _NO_ROOM)

@@ -23,10 +23,12 @@ from typing import Any
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _STAGES = ('warmup', 'moe')  # All parameters and a part of them, with routing.
-_STEPS = 30  # Of each.
+_STEPS = 24  # Of each.
 _EVERY = 3  # Steps between checkpoints.
 _GRACE = 5  # Seconds for the processes that are left.
 _LONGEST = 600.0  # Seconds that an attempt may take.
+_TERM = 30.0  # Seconds from SIGTERM to the end of all processes, at most.
+_MISSES = 3  # Attempts one after the other that may end before they are hit.
 
 History = dict[tuple[str, int], tuple[float, str]]  # (loss, samples) by step.
 
@@ -45,7 +47,8 @@ def command(args: argparse.Namespace, run: pathlib.Path) -> list[str]:
       f'--config.stages={_STAGES!r}',
       *(f'--config.{stage}.steps={_STEPS}' for stage in _STAGES),
       f'--config.checkpoint.every={_EVERY}',
-      *(f'--config.{stage}.eval_every={_STEPS}' for stage in _STAGES),
+      # It takes a while to compile, and changes nothing that is compared.
+      *(f'--config.{stage}.eval_batches=0' for stage in _STAGES),
       '--config.model.llm.depth=2',
       '--config.model.vision.depth=2',
   ]
@@ -227,6 +230,31 @@ class Moments:
     moment = time.monotonic() + self.rng.uniform(0, 0.3)
     return attempt.wait_until(lambda: time.monotonic() >= moment, 0.002)
 
+  def told(self, attempt: Attempt) -> bool:
+    """In a step, when every process has logged one of this stage.
+
+    Before that nothing would be lost, and SIGTERM ends a process without a
+    checkpoint. One that has logged step 3 knows what the others wish after
+    step 2, which they say when they have logged step 1.
+    """
+    wanted = self.rng.randint(3, 2 * _EVERY)
+
+    def newest() -> tuple[str, int]:
+      return next(reversed(history(attempt.run, at_rest=False)), ('', 0))
+
+    if not attempt.wait_for_workers():
+      return False
+    stage, step = newest()
+
+    def reached() -> bool:
+      now = newest()
+      return now[1] >= wanted + (step if now[0] == stage else 0)
+
+    if not attempt.wait_until(reached, 0.002):
+      return False
+    moment = time.monotonic() + self.rng.uniform(0, 0.3)
+    return attempt.wait_until(lambda: time.monotonic() >= moment, 0.002)
+
   def save(self, attempt: Attempt) -> bool:
     """While a checkpoint is incomplete."""
     run = attempt.run
@@ -248,34 +276,77 @@ class Moments:
     return attempt.wait_until(lambda: time.monotonic() >= moment, 0.001)
 
 
-def strike(args, run: pathlib.Path, moments: Moments, number: int) -> str:
-  """One round: a start, and a kill or SIGTERM; '' if it had ended before.
+Round = tuple[Callable[[Attempt], bool], signal.Signals]
+
+
+def plan(moments: Moments, kills: int) -> list[Round]:
+  """The moments of the kills in turn, and SIGTERM before every fourth."""
+  kinds = (moments.save, moments.step, moments.starting)
+  rounds: list[Round] = []
+  for number in range(kills):
+    if number % 4 == 0:
+      rounds.append((moments.told, signal.SIGTERM))
+    rounds.append((kinds[number % 3], signal.SIGKILL))
+  return rounds
+
+
+def _counts(kills: int) -> str:
+  total = len(plan(Moments(random.Random(), 0), kills))
+  return f'{kills} x kill -9, {total - kills} x SIGTERM'
+
+
+def strike(args, run: pathlib.Path, moments: Moments, what: Round) -> str:
+  """A start, and a kill or SIGTERM; '' if the run was over before.
 
   Raises:
     Failure: it ended by itself with an error, or does not heed SIGTERM.
   """
-  terms = number % 5 == 2
-  kinds = (moments.save, moments.step, moments.starting)
-  kind = kinds[number % 3] if not terms else moments.step
+  happened, number = what
   with Attempt(args, run) as attempt:
-    if not kind(attempt):
-      if code := attempt.wait():
-        raise Failure(f'It ended with {code} by itself. {attempt.tail()}')
-      return ''
-    workers = sorted(attempt.workers())
-    if len(workers) < args.processes:  # It is about to end.
-      return '' if not attempt.wait() else 'too late for a kill'
-    victim = moments.rng.choice(workers)
-    os.kill(victim, signal.SIGTERM if terms else signal.SIGKILL)
+    who = ''
+    workers = sorted(attempt.workers()) if happened(attempt) else []
+    if len(workers) == args.processes:  # Else it is about to end.
+      victim = moments.rng.choice(workers)
+      with contextlib.suppress(ProcessLookupError):
+        os.kill(victim, number)
+        who = f'{workers.index(victim) + 1} of {len(workers)}'
     began = time.monotonic()
     code = attempt.wait()
     seconds = time.monotonic() - began
-    if terms and code not in (0, 75):
-      raise Failure(f'SIGTERM, and it ended with {code}. {attempt.tail()}')
-    name = 'SIGTERM to' if terms else 'kill -9 of'
+    if not code:
+      return ''
+    if not who:
+      raise Failure(f'It ended with {code} by itself. {attempt.tail()}')
+    if number == signal.SIGTERM:
+      if code != 75:
+        raise Failure(f'SIGTERM, and it ended with {code}. {attempt.tail()}')
+      if seconds >= _TERM:
+        raise Failure(
+            f'SIGTERM, and it ended after {seconds:.0f} s, not within'
+            f' {_TERM:.0f} s. {attempt.tail()}'
+        )
+      _check_saved(attempt)
+    name = 'SIGTERM to' if number == signal.SIGTERM else 'kill -9 of'
     return (
-        f'{name} {workers.index(victim) + 1} of {len(workers)}'
-        f' ({kind.__name__}), ended with {code} after {seconds:.1f} s'
+        f'{name} {who} ({happened.__name__}), ended with {code} after'
+        f' {seconds:.1f} s'
+    )
+
+
+def _check_saved(attempt: Attempt) -> None:
+  """Raises Failure if the newest step is only in the history.
+
+  Whether it can be read is for `check`.
+  """
+  from moellava_jax import checkpoint
+
+  run = attempt.run
+  stage, step = next(reversed(history(run, at_rest=True)))
+  final = checkpoint.final_of(str(run), stage) if step == _STEPS else None
+  if final is None and not (run / stage / str(step)).is_dir():
+    raise Failure(
+        f'SIGTERM, and there is no checkpoint of {stage} {step}, the last step'
+        f' that was done. {attempt.tail()}'
     )
 
 
@@ -317,22 +388,28 @@ def torment(args: argparse.Namespace, folder: pathlib.Path) -> None:
       flush=True,
   )
   moments = Moments(random.Random(args.seed), start)
-  runs = 0
+  runs = misses = 0
   run = folder / 'killed-0'
+  rounds = plan(moments, args.rounds)
   done = 0
-  while done < args.rounds:
-    what = strike(args, run, moments, done)
-    if what:
+  while done < len(rounds):
+    if what := strike(args, run, moments, rounds[done]):
       done += 1
+      misses = 0
       summary = check(run, reference)
-      print(f'{done}/{args.rounds}: {what}; {summary}', flush=True)
-    else:  # Finished before it was hit: another one.
-      if history(run, at_rest=True) != reference:
-        raise Failure(f'{run} is finished and differs.')
-      _same_weights(run, whole)
-      shutil.rmtree(run)
-      runs += 1
-      run = folder / f'killed-{runs}'
+      print(f'{done}/{len(rounds)}: {what}; {summary}', flush=True)
+      continue
+    # Finished before it was hit: another one.
+    misses += 1
+    if history(run, at_rest=True) != reference:
+      raise Failure(f'{run} is finished and differs.')
+    _same_weights(run, whole)
+    if misses == _MISSES:
+      name = rounds[done][0].__name__
+      raise Failure(f'{misses} runs in a row were over before {name!r}.')
+    shutil.rmtree(run)
+    runs += 1
+    run = folder / f'killed-{runs}'
   if _finish(args, run)[0] != reference:
     raise Failure(f'{run} is finished and differs.')
   _same_weights(run, whole)
@@ -349,7 +426,7 @@ def main(argv: list[str]) -> int:
   args = parser.parse_args(argv)
   if args.dry_run:
     print(shlex.join(command(args, pathlib.Path('DIR/killed-0'))))
-    print(f'{args.rounds} rounds, one process of {args.processes} each')
+    print(f'{_counts(args.rounds)}, each of one process of {args.processes}')
     return 0
   folder = args.dir or pathlib.Path(tempfile.mkdtemp(prefix='chaos-'))
   folder.mkdir(parents=True, exist_ok=True)
@@ -362,7 +439,7 @@ def main(argv: list[str]) -> int:
     return 1
   if args.dir is None:
     shutil.rmtree(folder)
-  print(f'{args.rounds} rounds: the run equals the undisturbed one.')
+  print(f'{_counts(args.rounds)}: the run equals the undisturbed one.')
   return 0
 
 

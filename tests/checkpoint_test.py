@@ -119,13 +119,6 @@ def test_the_newest_stay_and_some_for_good(tmp_path):
   assert steps == {'4', '8', '10', '11'}
 
 
-def test_saving_says_how_long_it_held_training_up(tmp_path):
-  stage = _stage(tmp_path)
-  seconds = [stage.save(s, *_arrays(_mesh(fsdp=2)), _META) for s in (1, 2)]
-  stage.close()
-  assert stage.count == 2 and stage.blocked == sum(seconds) > 0
-
-
 # TensorStore reports to an event loop that Orbax has closed.
 @pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
 def test_a_full_disk_is_an_error_and_earlier_steps_stay(tmp_path):

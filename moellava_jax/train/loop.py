@@ -177,6 +177,8 @@ class _StageRun:
     # Of the save before the next record. The record of the step that is saved
     # is in the file by then, lest a kill leave the step without it.
     self._save_seconds: float | None = None
+    self._saves = 0
+    self._blocked = 0.0  # Seconds, of all of them.
     self._checkpoints = checkpoint.Stage(cfg.workdir, stage, cfg.checkpoint)
 
   def train(self) -> None:
@@ -408,10 +410,11 @@ class _StageRun:
     return self._before + time.monotonic() - self._began
 
   def _save(self, step: int, state) -> None:
+    began = time.monotonic()
     self._watch_other(f'the checkpoint of step {step}')
     self._writer.publish()  # The history must not lag behind the checkpoint.
     state = self._program.to_save(state)
-    self._save_seconds = self._checkpoints.save(
+    self._checkpoints.save(
         step,
         state.trained,
         _beside(state),
@@ -425,6 +428,9 @@ class _StageRun:
     )
     self._poll.saved()
     self._last = self._saved_at = time.monotonic()
+    self._save_seconds = self._last - began
+    self._saves += 1
+    self._blocked += self._save_seconds
     self._watch_step(step + 1)
 
   def _finish(self, state, frozen) -> None:
@@ -450,11 +456,11 @@ class _StageRun:
     """Says what saving has cost since the stage was begun or resumed, and what
     was dropped."""
     data_report.print_read(self._stage, self._examples)
-    saved, total = self._checkpoints, time.monotonic() - self._began
-    if saved.count:
+    total = time.monotonic() - self._began
+    if self._saves:
       cluster.say(
-          f'{self._stage}: {saved.count} checkpoints held training up for'
-          f' {saved.blocked:.2f} s, {saved.blocked / total:.2%} of its time'
+          f'{self._stage}: {self._saves} checkpoints held training up for'
+          f' {self._blocked:.2f} s, {self._blocked / total:.2%} of its time'
       )
 
 

@@ -143,6 +143,7 @@ def _files(root: str) -> str:
   mine = folder / f'.preflight-{token}-{cluster.process()}'
 
   def write():
+    _refuse_restart_without(folder)
     content = os.urandom(_BYTES)
     try:
       folder.mkdir(parents=True, exist_ok=True)
@@ -179,3 +180,17 @@ def _files(root: str) -> str:
       mine.unlink(missing_ok=True)
   free = run_folder.room(root)
   return '' if free is None else f', {free / 1e9:,.1f} GB free'
+
+
+def _refuse_restart_without(folder: epath.Path) -> None:
+  """Raises UserError if the folder was made by an earlier start and is gone.
+
+  What is made where its file system should be would begin at the first step.
+  """
+  restarts = os.environ.get('SLURM_RESTART_COUNT', '0')
+  if restarts != '0' and run_folder.is_gone(folder):
+    raise config.UserError(
+        f'The run folder {folder} is not there, though this job has been'
+        f' requeued (SLURM_RESTART_COUNT={restarts}). Is its file system mounted?'
+        ' If the run had never begun, submit the job again.'
+    )

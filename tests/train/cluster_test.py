@@ -258,6 +258,18 @@ def test_preflight_of_a_process_alone(tmp_path, capsys):
   assert '8 x cpu in 1 process' in said and 'GB free' in said
 
 
+def test_a_requeued_job_whose_run_folder_has_gone_is_refused(
+    tmp_path, monkeypatch
+):
+  run = tmp_path / 'unmounted' / 'run'
+  monkeypatch.setenv('SLURM_RESTART_COUNT', '2')
+  with pytest.raises(config.UserError, match=f'{run} is not there.*mounted'):
+    preflight.check(tiny.train_config(run))
+  assert not run.parent.exists()
+  run.mkdir(parents=True)
+  preflight.check(tiny.train_config(run))
+
+
 def test_preflight_refuses_a_folder_that_cannot_be_written(tmp_path):
   (tmp_path / 'file').write_text('')
   cfg = tiny.train_config(tmp_path / 'file' / 'run')

@@ -5,6 +5,8 @@ import os
 import pathlib
 import re
 import shutil
+import time
+import types
 
 import jax
 import numpy as np
@@ -176,11 +178,28 @@ class _Together(agree.Poll):
     self._alone = False
 
 
+def _late(monkeypatch, where, name, clock):
+  """Makes a method take another 100 s, by the clock of the loop."""
+  real = getattr(where, name)
+
+  def slow(*args):
+    clock.append(100)
+    return real(*args)
+
+  monkeypatch.setattr(where, name, slow)
+
+
 def test_a_checkpoint_that_is_due_by_its_age_is_saved_once(
-    finished, tmp_path, monkeypatch
+    finished, tmp_path, monkeypatch, capsys
 ):
   run = _copy(finished, tmp_path, without=('moe',))
   steps = []
+  late = []
+  monkeypatch.setattr(
+      loop,
+      'time',
+      types.SimpleNamespace(monotonic=lambda: time.monotonic() + sum(late)),
+  )
   save = checkpoint.Stage.save
   monkeypatch.setattr(
       checkpoint.Stage,
@@ -188,6 +207,9 @@ def test_a_checkpoint_that_is_due_by_its_age_is_saved_once(
       lambda self, step, *args: steps.append(step) or save(self, step, *args),
   )
   monkeypatch.setattr(agree, 'Poll', _Together)
+  _late(monkeypatch, loop.metrics_lib.Writer, 'publish', late)
+  _late(monkeypatch, loop.program.Program, 'to_save', late)
+  _late(monkeypatch, _Together, 'saved', late)
   # Due at every step: what is asked after one is answered after the next.
   loop.run(
       tiny.train_config(
@@ -195,6 +217,17 @@ def test_a_checkpoint_that_is_due_by_its_age_is_saved_once(
       )
   )
   assert steps == [2, 4, 6]
+  # All that holds training up is counted, and no step is blamed for it.
+  moe = [r for r in _records(run) if r['stage'] == 'moe']
+  saves = {r['step']: r['save_seconds'] for r in moe if 'save_seconds' in r}
+  assert list(saves) == [3, 5, 7]
+  assert all(300 <= seconds < 400 for seconds in saves.values())
+  assert all(r['seconds'] < 100 for r in moe)
+  said = capsys.readouterr().out
+  found = re.search(r'moe: 3 checkpoints held .* up for (.*) s, (.*)% of', said)
+  assert found, said
+  assert float(found[1]) == pytest.approx(sum(saves.values()), abs=0.01)
+  assert 50 < float(found[2]) < 100
 
 
 def test_a_save_leaves_a_request_to_stop_pending():
@@ -230,13 +263,22 @@ def test_a_stage_without_its_predecessor_is_an_error(finished, tmp_path):
     loop.run(cfg)
 
 
-def test_one_stage_from_a_named_checkpoint(finished, tmp_path):
+def test_one_stage_from_a_named_checkpoint(finished, tmp_path, capsys):
   moved = tmp_path / 'elsewhere'
   shutil.copytree(finished / 'finetune' / 'final', moved)
   run = tmp_path / 'run'
-  cfg = tiny.train_config(run, stages=('moe',), init__checkpoint=str(moved))
+  cfg = tiny.train_config(
+      run,
+      stages=('moe',),
+      init__checkpoint=str(moved),
+      mesh__print_table=True,
+  )
   loop.run(cfg)
   assert [h[0] for h in _history(run)] == ['moe'] * 4
+  said = capsys.readouterr().out
+  held = re.search(r'each device holds (.*?) of', said)
+  assert held and re.search(rf'^total +{held[1]} ', said, re.M), said
+  assert re.search(r'^vision/layers_\*/mlp/fc1/kernel .* frozen ', said, re.M)
 
 
 def test_checkpoints_hold_the_trained_part_and_name_the_frozen(
