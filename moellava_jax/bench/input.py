@@ -6,8 +6,7 @@
 `results/input.json` is what it wrote, at the revision that it names. All figures
 are ratios of medians of interleaved runs, in CPU seconds of one core, so that
 they mean something on a busy machine too. The photographs are
-those of scikit-image (extra `test`). `bench.main --suite=cpu` measures the same with
-fewer rows and repeats.
+those of scikit-image (extra `test`). `bench.main --suite=cpu` measures the same.
 """
 
 from collections.abc import Callable, Sequence
@@ -40,6 +39,7 @@ from moellava_jax.data import tokenizer as tokenizer_lib
 TEMPLATE = 'phi'
 TOWER = 'clip_l14_336'
 ROW_LENGTHS = (2048, 4096, 8192)
+ROWS, REPEATS = 665_298, 15
 PACKAGES = ('pillow', 'simplejpeg', 'grain')
 HEADER = ('input pipeline', 'of', 'figure')
 
@@ -336,8 +336,8 @@ def table(case: str, found: dict[str, Any]) -> list[tuple[str, ...]]:
 
 def define_flags() -> None:
   flags.DEFINE_string('out', None, 'Folder for input.json.')
-  flags.DEFINE_integer('rows', 665_298, 'Rows of the histogram.')
-  flags.DEFINE_integer('repeats', 15, 'Runs of which a median is.')
+  flags.DEFINE_integer('rows', ROWS, 'Rows of the histogram.')
+  flags.DEFINE_integer('repeats', REPEATS, 'Runs of which a median is.')
 
 
 def main(argv) -> None:

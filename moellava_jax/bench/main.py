@@ -209,7 +209,7 @@ def _input() -> list[Case]:
   return [
       Case(
           'input',
-          functools.partial(input_lib.run, 66_530, 5),
+          functools.partial(input_lib.run, input_lib.ROWS, input_lib.REPEATS),
           input_lib.table,
           input_lib.HEADER,
       )
