@@ -6,11 +6,11 @@
 `results/input.json` is what it wrote, at the revision that it names. All figures
 are ratios of medians of interleaved runs, in CPU seconds of one core, so that
 they mean something on a busy machine too. The photographs are
-those of scikit-image (extra `test`).
+those of scikit-image (extra `test`). `bench.main --suite=cpu` measures the same.
 """
 
 from collections.abc import Callable, Sequence
-from importlib import metadata
+from importlib import metadata, util
 import io
 import json
 import pathlib
@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 from moellava_jax import backbones, config
-from moellava_jax.bench import sizes
+from moellava_jax.bench import measure, sizes
 from moellava_jax.data import (
     images,
     jpeg,
@@ -35,15 +35,13 @@ from moellava_jax.data import (
     templates,
 )
 from moellava_jax.data import tokenizer as tokenizer_lib
-from moellava_jax.train import about
-
-_OUT = flags.DEFINE_string('out', None, 'Folder for input.json.')
-_ROWS = flags.DEFINE_integer('rows', 665_298, 'Rows of the histogram.')
-_REPEATS = flags.DEFINE_integer('repeats', 15, 'Runs of which a median is.')
 
 TEMPLATE = 'phi'
 TOWER = 'clip_l14_336'
 ROW_LENGTHS = (2048, 4096, 8192)
+ROWS, REPEATS = 665_298, 15
+PACKAGES = ('pillow', 'simplejpeg', 'grain')
+HEADER = ('input pipeline', 'of', 'figure')
 
 
 class Source(NamedTuple):
@@ -138,15 +136,20 @@ def packing_fill(rows: int) -> list[dict[str, Any]]:
   return found
 
 
-def _photographs(width: int, height: int) -> list[bytes]:
-  """JPEG files of quality 90."""
-  try:
-    from skimage import data
-  except ImportError as error:
+def check_installed() -> None:
+  """Raises UserError where a package is missing that only this needs."""
+  jpeg.check()
+  if util.find_spec('skimage') is None:
     raise config.UserError(
         "The photographs are those of scikit-image: pip install 'moellava_jax"
         "[test]'."
-    ) from error
+    )
+
+
+def _photographs(width: int, height: int) -> list[bytes]:
+  """JPEG files of quality 90."""
+  from skimage import data
+
   files = []
   for name in ('astronaut', 'coffee', 'chelsea', 'rocket', 'retina'):
     image = Image.fromarray(getattr(data, name)())
@@ -275,50 +278,85 @@ def _rows(count: int, files: int) -> Sequence[sources.Row]:
   return rows
 
 
-def main(argv) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f'Unexpected arguments: {argv[1:]}.')
-  result = {
-      'revision': about.revision(),
-      'versions': {
-          name: metadata.version(name)
-          for name in ('numpy', 'pillow', 'simplejpeg', 'grain')
-      },
-      'rows': _ROWS.value,
+def run(rows: int, repeats: int) -> dict[str, Any]:
+  """All of it.
+
+  Args:
+    rows: of the histogram.
+    repeats: runs of which a median is.
+  """
+  return {
+      'versions': {name: metadata.version(name) for name in PACKAGES},
+      'rows': rows,
       'assumptions': {
           'sources': [source._asdict() for source in SOURCES],
           'tokens_a_word': TOKENS_A_WORD,
           'template': TEMPLATE,
           'tower': TOWER,
       },
-      'packing': packing_fill(_ROWS.value),
-      'jpeg': jpeg_rates(_REPEATS.value),
-      'overhead': overhead(max(_REPEATS.value // 2, 1)),
+      'packing': packing_fill(rows),
+      'jpeg': jpeg_rates(repeats),
+      'overhead': overhead(max(repeats // 2, 1)),
   }
-  for found in result['packing']:
-    print(
-        '{row_length:5} positions, {max_images:2} image slots: fill'
-        ' {padded:.3f} padded, {packed:.4f} packed, {offline:.4f} best fit'
-        ' decreasing of all at once (ratio {packed_over_offline:.4f});'
-        ' {slots_filled:.2f} of the slots used; planned in'
-        ' {plan_seconds:.1f} s'.format(**found)
-    )
-  for found in result['jpeg']:
-    print(
-        'JPEG {size}: {exact_a_second:.0f} a second exact,'
-        ' {fast_over_exact:.2f} times that fast; mean difference'
-        ' {difference:.2f} grey levels, at most {largest_difference:.2f}'.format(
-            **found
-        )
-    )
-  for name, share in result['overhead'].items():
-    print(f'all but decoding, {name}: {share:.1%} of the time of decoding')
-  if _OUT.value:
-    folder = pathlib.Path(_OUT.value)
+
+
+def table(case: str, found: dict[str, Any]) -> list[tuple[str, ...]]:
+  """Rows of HEADER."""
+  rows = [
+      (
+          case,
+          '{row_length} positions, {max_images} image slots'.format(**packed),
+          'fill {padded:.3f} padded, {packed:.4f} packed, {offline:.4f} best fit'
+          ' decreasing of all at once (ratio {packed_over_offline:.4f});'
+          ' {slots_filled:.2f} of the slots used; planned in'
+          ' {plan_seconds:.1f} s'.format(**packed),
+      )
+      for packed in found['packing']
+  ]
+  rows += [
+      (
+          case,
+          'JPEG {size}'.format(**rate),
+          '{exact_a_second:.0f} a second exact, {fast_over_exact:.2f} times that'
+          ' fast; mean difference {difference:.2f} grey levels, at most'
+          ' {largest_difference:.2f}'.format(**rate),
+      )
+      for rate in found['jpeg']
+  ]
+  rows += [
+      (
+          case,
+          f'all but decoding, {name}',
+          f'{share:.1%} of the time of decoding',
+      )
+      for name, share in found['overhead'].items()
+  ]
+  return rows
+
+
+def define_flags() -> None:
+  flags.DEFINE_string('out', None, 'Folder for input.json.')
+  flags.DEFINE_integer('rows', ROWS, 'Rows of the histogram.')
+  flags.DEFINE_integer('repeats', REPEATS, 'Runs of which a median is.')
+
+
+def main(argv) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f'Unexpected arguments: {argv[1:]}.')
+  values = flags.FLAGS
+  check_installed()
+  found = run(values.rows, values.repeats)
+  about = measure.environment()
+  versions = about['versions'] | found['versions']
+  for _, what, figure in table('', found):
+    print(f'{what}: {figure}')
+  if values.out:
+    folder = pathlib.Path(values.out)
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(result, indent=1)
+    text = json.dumps({**about, **found, 'versions': versions}, indent=1)
     (folder / 'input.json').write_text(text + '\n', encoding='utf-8')
 
 
 if __name__ == '__main__':
+  define_flags()
   app.run(main)

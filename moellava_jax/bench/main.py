@@ -14,7 +14,7 @@ machine alone meanwhile: cases run in turns, but what disturbs one run disturbs
 its ratio. `--smoke` runs the smallest sizes, to see that everything works.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import contextlib
 import dataclasses
 import functools
@@ -37,10 +37,8 @@ from moellava_jax.bench import (
 # The device of the peers, by suite.
 _PEERS = {'peers': 'cpu', 'gpu_peers': 'cuda'}
 SUITES = ('cpu', 'gpu_layer', 'gpu_train', 'gpu_decode', *_PEERS)
-_LAYER_HEADER = (
-    *('case', 'way', 'forward', 'x dense', 'floor'),
-    *('with backward', 'x dense', 'floor'),
-)
+# Goals of stage III: at least so much of the ceiling.
+_SHARES = {'cpu': 0.85, 'gpu_train': 0.92}
 
 
 class Case(NamedTuple):
@@ -52,22 +50,39 @@ class Case(NamedTuple):
   header: tuple[str, ...]
   # Another table of it, shown below: rows and header.
   more: tuple[Any, tuple[str, ...]] | None = None
+  legend: str = ''  # Of its table.
 
 
-def cases(suite: str, repeats: int, smoke: bool) -> list[Case]:
-  """The cases of a suite."""
+def cases(
+    suite: str,
+    repeats: int,
+    smoke: bool,
+    done: Mapping[str, Any] | None = None,
+) -> list[Case]:
+  """The cases of a suite.
+
+  Args:
+    suite: one of `SUITES` without peers.
+    repeats: runs of each.
+    smoke: only the smallest.
+    done: the results so far, which some are made of; grows with them.
+  """
   kinds = ('layer', 'decode', 'train') if smoke or suite == 'cpu' else ()
   found = []
   if 'layer' in kinds or suite == 'gpu_layer':
-    found += _layers(suite, repeats, smoke)
+    found += _layers(suite, repeats, smoke, {} if done is None else done)
   if 'decode' in kinds or suite == 'gpu_decode':
     found += _decoders(suite, repeats, smoke)
   if 'train' in kinds or suite == 'gpu_train':
     found += _steps(suite, repeats, smoke)
+  if suite == 'cpu' and not smoke:
+    found += _input()
   return found
 
 
-def _layers(suite: str, repeats: int, smoke: bool) -> list[Case]:
+def _layers(
+    suite: str, repeats: int, smoke: bool, done: Mapping[str, Any]
+) -> list[Case]:
   if smoke:
     layers = [moe_layer.Case(16, 32, 'gelu_tanh', 4, 64, 'float32')]
   elif suite == 'cpu':
@@ -78,18 +93,36 @@ def _layers(suite: str, repeats: int, smoke: bool) -> list[Case]:
     ]
   else:
     layers = [
-        moe_layer.Case(s.width, s.mlp_width, s.mlp, 4, tokens, 'bfloat16')
-        for s in (backbones.LMS[name] for name in sizes.FULL)
+        moe_layer.Case(s.width, s.mlp_width, s.mlp, experts, tokens, 'bfloat16')
+        for name in sizes.FULL
+        # 8 cases in all, as there are 9 minutes.
+        for experts in ((4, 8) if name == sizes.FULL[0] else (4,))
         for tokens in (4096, 16384)
+        for s in (backbones.LMS[name],)
     ]
-  return [
+  found = [
       Case(
           case.name,
           functools.partial(moe_layer.run, case, repeats),
           moe_layer.table,
-          _LAYER_HEADER,
+          moe_layer.HEADER,
+          legend=moe_layer.LEGEND,
       )
       for case in layers
+  ]
+  kinds: dict[moe_layer.Case, list[moe_layer.Case]] = {}
+  for case in layers:
+    kinds.setdefault(case._replace(tokens=0), []).append(case)
+  return found + [
+      Case(
+          f'growth D={kind.width} F={kind.mlp_width} E={kind.experts}',
+          functools.partial(moe_layer.growth, alike, done),
+          moe_layer.growth_table,
+          moe_layer.GROWTH_HEADER,
+          legend=moe_layer.GROWTH_LEGEND,
+      )
+      for kind, alike in kinds.items()
+      if len(alike) > 1
   ]
 
 
@@ -139,10 +172,44 @@ def _steps(suite: str, repeats: int, smoke: bool) -> list[Case]:
       Case(
           f'train {case.name} {case.stage}',
           functools.partial(_train, case, repeats),
-          train_step.table,
+          functools.partial(_step_rows, None if smoke else _SHARES[suite]),
           train_step.HEADER,
       )
       for case in steps
+  ]
+
+
+def _step_rows(
+    goal: float | None, case: str, found: dict[str, Any]
+) -> list[tuple[str, ...]]:
+  """Rows of `train_step.HEADER`, with the goal beside the share."""
+  share, rows = train_step.HEADER.index('share'), []
+  for row in train_step.table(case, found):
+    entry = found[row[1]]
+    if 'speed' in entry:
+      value = entry['speed'] / entry['ceiling']
+      cell = measure.beside_goal(value, goal, at_least=True)
+      row = (*row[:share], cell, *row[share + 1 :])
+    rows.append(row)
+  return rows
+
+
+def _input() -> list[Case]:
+  """The input pipeline, where its packages are."""
+  try:
+    from moellava_jax.bench import input as input_lib
+
+    input_lib.check_installed()
+  except (ImportError, config.UserError) as error:
+    print(f'input pipeline: not measured: {error}')
+    return []
+  return [
+      Case(
+          'input',
+          functools.partial(input_lib.run, input_lib.ROWS, input_lib.REPEATS),
+          input_lib.table,
+          input_lib.HEADER,
+      )
   ]
 
 
@@ -188,6 +255,7 @@ def show(done: Sequence[tuple[Case, dict[str, Any]]]) -> None:
   from rich import console
   from rich import table as rich_table
 
+  legends = {case.header: case.legend for case, _ in done}
   tables = [(case.name, case.rows, case.header, found) for case, found in done]
   tables += [
       (case.name, *case.more, found) for case, found in done if case.more
@@ -200,7 +268,9 @@ def show(done: Sequence[tuple[Case, dict[str, Any]]]) -> None:
       if its_header == header:
         for row in rows(name, found):
           grid.add_row(*row)
-    console.Console(highlight=False, markup=False, width=170).print(grid)
+    console.Console(highlight=False, markup=False, width=190).print(grid)
+    if legends.get(header):
+      print(legends[header])
 
 
 def run(suite: str, out: str, repeats: int, smoke: bool) -> None:
@@ -210,15 +280,17 @@ def run(suite: str, out: str, repeats: int, smoke: bool) -> None:
     UserError: `out` has results of other code or of another machine.
   """
   settings: dict[str, Any] = {'repeats': repeats, 'smoke': smoke}
+  torch = None
   with contextlib.ExitStack() as stack:
     if suite in _PEERS:
       device = 'cpu' if smoke else _PEERS[suite]
       torch = stack.enter_context(peers.start(device))
       settings['peers'] = torch.about
-      listed = _comparisons(suite, repeats, smoke, torch)
-    else:
-      listed = cases(suite, repeats, smoke)
     results = measure.Results(out, suite, settings)
+    if torch is None:
+      listed = cases(suite, repeats, smoke, results.cases)
+    else:
+      listed = _comparisons(suite, repeats, smoke, torch)
     for n, case in enumerate(listed, 1):
       if case.name in results.cases:
         continue

@@ -80,6 +80,18 @@ def _time(values: list[float]) -> Time:
   return Time(median, low, high)
 
 
+def beside_goal(
+    value: float, goal: float | None, *, at_least: bool = False
+) -> str:
+  """A figure for people, and whether it reaches its goal where it has one."""
+  shown = f'{value:.2f}'
+  if goal is None:
+    return shown
+  met = value >= goal if at_least else value <= goal
+  sign = '>=' if at_least else '<='
+  return f'{shown} {sign} {goal:g} {"met" if met else "missed"}'
+
+
 def environment() -> dict[str, Any]:
   """What a result depends on beside the code."""
   device = jax.devices()[0]

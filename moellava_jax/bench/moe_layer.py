@@ -10,10 +10,15 @@ of width F an expert:
   index    cf
   ragged   1
 
-einsum_batch is the original's: one group of all tokens (S = tokens).
+einsum_batch is the original's: one group of all tokens (S = tokens). index and
+einsum_2048, index_256 and einsum_256 have groups of the same size. ragged is the
+one that skips empty rows: it sorts rows by expert, drops none and pads none.
+
+Goals are of 4 experts and 4096 tokens in fp32 on a CPU, as a multiple of the floor,
+and of how the time of a way grows from 1024 to 16384 tokens.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
 from typing import Any, NamedTuple
@@ -26,6 +31,24 @@ from moellava_jax.bench import measure, sizes
 from moellava_jax.model import layers, moe
 
 _ROW = 2048  # Tokens of a row, at most.
+PHASES = ('forward', 'forward_backward')
+HEADER = (
+    *('case', 'way', 'forward', 'x dense', 'floor', 'x floor'),
+    *('with backward', 'x dense', 'floor', 'x floor'),
+)
+GROWTH_HEADER = (
+    *('growth of the time', 'way', 'tokens', 'x', 'forward x'),
+    'with backward x',
+)
+LEGEND = """\
+x floor: goals are of 4 experts and 4096 tokens in fp32 on a CPU. ragged skips empty
+rows; einsum_batch, the original's, is one group of all tokens. Groups of index are
+of 2048, or all tokens of a row.
+"""
+GROWTH_LEGEND = """\
+Beside dense, the FFN's own growth. einsum_batch grows with the square, and ends at
+4096 tokens: at 16384 a one-hot factor has 3.2 GB in fp32, of which a step holds several.
+"""
 
 
 class Case(NamedTuple):
@@ -78,12 +101,26 @@ class Way(NamedTuple):
 WAYS = {
     'einsum_128': Way('einsum', 128),
     'einsum_256': Way('einsum', 256),
+    'einsum_2048': Way('einsum', 2048),
     'einsum_batch': Way('einsum', None),
+    'index_256': Way('index', 256),
     'index': Way('index', 2048),
     'ragged': Way('ragged', 2048),
 }
-# One-hot factors of more tokens than this do not fit a small machine.
-_MOST_OF_A_BATCH = 4096
+# Of tokens, for products in groups of more than 256. At 16384, each one-hot factor of
+# a whole batch has 3.2 GB, of which a step holds several, for minutes.
+_MOST_IN_LARGE_GROUPS = 4096
+
+# At most so many times the floor: forward, and with backward.
+GOALS = {
+    'einsum_128': (1.15, 1.15),
+    'einsum_256': (1.15, 1.15),
+    'index_256': (1.15, 1.15),
+    'index': (1.15, 1.15),
+    'ragged': (1.25, 1.6),
+}
+# And times as long for 16 times the tokens.
+MOST_GROWTH = {16: 17.0}
 
 
 def run(case: Case, repeats: int) -> dict[str, Any]:
@@ -91,11 +128,13 @@ def run(case: Case, repeats: int) -> dict[str, Any]:
   ways = {
       name: way
       for name, way in WAYS.items()
-      if way.size is not None or case.tokens <= _MOST_OF_A_BATCH
+      if case.tokens <= _MOST_IN_LARGE_GROUPS
+      or way.dispatch != 'einsum'
+      or way.tokens(case) <= 256
   }
   made = {name: programs(case, name) for name in ('dense', *ways)}
   found: dict[str, Any] = {'flops_forward': _flops(case)}
-  for phase in ('forward', 'forward_backward'):
+  for n, phase in enumerate(PHASES):
     times = measure.interleaved(
         {name: each[phase] for name, each in made.items()}, repeats
     )
@@ -105,7 +144,41 @@ def run(case: Case, repeats: int) -> dict[str, Any]:
       entry[phase] = {'seconds': time._asdict(), 'ratio': time.median / dense}
       if name != 'dense':
         entry[phase]['floor'] = ways[name].floors(case)[phase]
+      if _has_goals(case) and name in GOALS:
+        entry[phase]['goal'] = GOALS[name][n]
   return found
+
+
+def _has_goals(case: Case) -> bool:
+  """Whether it is the layer of the goals."""
+  size = (case.experts, case.tokens, case.dtype)
+  return size == (4, 4096, 'float32') and jax.default_backend() == 'cpu'
+
+
+def growth(
+    cases: Sequence[Case], found: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+  """Of a layer, how the time of each way grows with the tokens.
+
+  Args:
+    cases: of one layer.
+    found: by the name of a case, what `run` returned.
+
+  Returns:
+    By way the tokens between which it is measured (`tokens`), and by phase how
+    many times as long the most take as the least.
+  """
+  cases = sorted(cases, key=lambda case: case.tokens)
+  grown = {}
+  for way in ('dense', *WAYS):
+    of_way = [c for c in cases if way in found[c.name]]
+    first, last = (found[c.name][way] for c in (of_way[0], of_way[-1]))
+    entry: dict[str, Any] = {'tokens': [of_way[0].tokens, of_way[-1].tokens]}
+    for phase in PHASES:
+      times = [x[phase]['seconds']['median'] for x in (first, last)]
+      entry[phase] = times[1] / times[0]
+    grown[way] = entry
+  return grown
 
 
 def _flops(case: Case) -> float:
@@ -173,19 +246,38 @@ def programs(case: Case, way: str) -> dict[str, Callable[[], Any]]:
 
 
 def table(case: str, found: dict[str, Any]) -> list[tuple[str, ...]]:
-  """Rows for people: case, way, and for each phase ratio, spread and floor."""
+  """Rows of HEADER."""
   rows = []
   for name, entry in found.items():
     if name == 'flops_forward':
       continue
     cells = [case, name]
-    for phase in ('forward', 'forward_backward'):
+    for phase in PHASES:
       timing = entry[phase]['seconds']
       spread = (timing['high'] - timing['low']) / timing['median']
       cells += [
           f'{1e3 * timing["median"]:.2f} ms ± {spread / 2:.0%}',
           f'{entry[phase]["ratio"]:.2f}',
-          f'{entry[phase]["floor"]:.2f}' if 'floor' in entry[phase] else '',
+          *_over_floor(entry[phase]),
       ]
     rows.append(tuple(cells))
+  return rows
+
+
+def _over_floor(entry: Mapping[str, Any]) -> tuple[str, str]:
+  """The floor, and the ratio over it with its goal."""
+  if 'floor' not in entry:
+    return '', ''
+  over = entry['ratio'] / entry['floor']
+  return f'{entry["floor"]:.2f}', measure.beside_goal(over, entry.get('goal'))
+
+
+def growth_table(case: str, found: dict[str, Any]) -> list[tuple[str, ...]]:
+  """Rows of GROWTH_HEADER."""
+  rows = []
+  for way, entry in found.items():
+    least, most = entry['tokens']
+    goal = None if way == 'dense' else MOST_GROWTH.get(most // least)
+    grown = (measure.beside_goal(entry[phase], goal) for phase in PHASES)
+    rows.append((case, way, f'{least} to {most}', f'{most / least:g}', *grown))
   return rows

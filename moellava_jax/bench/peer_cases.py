@@ -80,8 +80,9 @@ def _smoke(
 ) -> list[Case]:
   """One of each kind; compiling takes long, so that only one peer does."""
   dense, few = dataclasses.replace(model, moe=None), settings[:1]
+  two = (settings[0], settings[0]._replace(compiled=True))
   return [
-      Case('layer', model, 2, 16, 0, ('deepspeed',), 'cpu', settings),
+      Case('layer', model, 2, 16, 0, ('deepspeed',), 'cpu', two),
       Case('train', model, 2, 16, 0, ('mixtral', 'deepspeed'), 'cpu', few),
       Case('decode', dense, 1, 16, 4, ('dense',), 'cpu', few),
   ]

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Finds the setting in which a peer is fastest.
 
-All are tried without compilation. Then torch.compile is, first with the threads
-and the way of waiting that were best without it; with others only if that has
-gained something, and if they are not far behind.
+All are tried without compilation, then with torch.compile, the most promising
+first. A layer is compiled in all of them; a model, which takes long, not where it
+is far behind without (one thread, mostly), nor, on a GPU, after that has gained
+nothing. At last what is fastest is tried again with huge pages, compiled and not.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,8 +13,8 @@ from typing import Any, NamedTuple
 
 from moellava_jax.bench import peer_cases, torch_process
 
-# Times the best without compilation: what is slower is not compiled.
-_HOPELESS = 1.4
+# Times the best without compilation: a model that is slower is not compiled.
+_HOPELESS = 1.5
 _LONG_S = 1.0
 # What is picked by the time of another part, because the two are subtracted.
 _PICKED_BY = {'prefill': 'answer'}
@@ -62,9 +63,7 @@ def pick(
   def measure(trial):
     found[trial] = {}
     for part in parts:
-      found[trial][part] = _timed(
-          trial.call(case, torch, part), trial.setting.compiled
-      )
+      found[trial][part] = _timed(trial.call(case, torch, part))
     kept.add(trial)
     for other in kept - set(_best(found, parts).values()):
       other.drop(case, torch)
@@ -76,17 +75,26 @@ def pick(
   plain = dict(found)
   compiled = [trial for trial in trials if trial.setting.compiled]
   for trial in sorted(compiled, key=lambda t: _seconds(plain, _twin(t), parts)):
-    why = _why_not(found, plain, trial, parts)
+    why = _why_not(case, found, plain, trial, parts)
     if why is None:
       measure(trial)
     else:
       found[trial] = {part: {'skipped': why} for part in parts}
+  fastest = [*_best(plain, parts).values(), *_best(found, parts).values()]
+  for trial in dict.fromkeys(fastest):
+    if trial.setting.huge_pages is False:
+      trials.append(_with_huge_pages(trial))
+      measure(trials[-1])
   return {t.name: found[t] for t in trials}, _best(found, parts)
 
 
 def _twin(trial: Trial) -> Trial:
   """The same, not compiled."""
   return trial._replace(setting=trial.setting._replace(compiled=False))
+
+
+def _with_huge_pages(trial: Trial) -> Trial:
+  return trial._replace(setting=trial.setting._replace(huge_pages=True))
 
 
 def _seconds(
@@ -97,38 +105,37 @@ def _seconds(
 
 
 def _why_not(
+    case: peer_cases.Case,
     found: Mapping[Trial, Any],
     plain: Mapping[Trial, Any],
     trial: Trial,
     parts: tuple[str, ...],
 ) -> str | None:
-  """Why it is not worth compiling; None: it is."""
-  best_s = min(_seconds(plain, other, parts) for other in plain)
-  its_s = _seconds(plain, _twin(trial), parts)
-  if its_s > _HOPELESS * best_s:
-    return f'not compiled: {its_s / best_s:.1f} x the best time without'
+  """Why it is not compiled; None: it is."""
   done = [t for t in found if t not in plain]
   for other in done:
     error = found[other][parts[-1]].get('error')
     if error and other.implementation == trial.implementation:
       return f'not compiled: {error}'
+  if case.kind == 'layer':
+    return None
+  best_s = min(_seconds(plain, other, parts) for other in plain)
+  its_s = _seconds(plain, _twin(trial), parts)
+  if its_s > _HOPELESS * best_s:
+    return f'not compiled: {its_s / best_s:.1f} x the best time without'
   gains = [_seconds(found, other, parts) < best_s for other in done]
-  if gains and not any(gains):
+  if case.device == 'cuda' and gains and not any(gains):
     return 'not compiled: compiling the best one gained nothing'
   return None
 
 
-def _timed(call: Callable[[], float], compiled: bool) -> dict[str, Any]:
+def _timed(call: Callable[[], float]) -> dict[str, Any]:
   try:
     first = call()
-    # What takes so long has warmed up meanwhile.
-    if not compiled and first > _LONG_S:
-      return {'seconds': first, 'first': first}
-    values = [call()]
-    # Where shapes vary, the second call compiles again.
-    while len(values) < (2 if compiled else 1) or (
-        len(values) < 3 and sum(values) < _LONG_S
-    ):
+    # Two at least: a first one is slow, and where shapes vary, the second
+    # compiles again.
+    values = [call(), call()]
+    if sum(values) < _LONG_S:
       values.append(call())
   except torch_process.TorchError as error:  # Which is a result, too.
     return {'error': str(error)}

@@ -6,8 +6,8 @@ and of stage III (sparse); greedy answers about an image. `torch_models` says
 what the peers are and where they are not quite the same.
 
 A peer runs at its best: each of its settings is tried first (`peer_picks`), and the
-fastest one takes turns with our programs. All settings are kept and shown. Only
-one program runs at a time, ours on two devices of the CPU, as in training, or
+fastest one takes turns with our programs. All settings are kept and shown, those
+that were skipped with the reason. Only one program runs at a time, ours on two devices of the CPU, as in training, or
 on one for layers and answers.
 """
 
@@ -241,7 +241,10 @@ def _peer_cells(
   if its_s is None:
     return ('none runs', '', '', '')
   setting = best['answer' if part == 'steps' else part]['setting']
-  goal = GOALS.get((case.kind, peer, part), (None, None))[case.device == 'cuda']
+  on_gpu = case.device == 'cuda'
+  goal = GOALS.get((case.kind, peer, part), (None, None))[on_gpu]
+  if on_gpu and case.kind == 'decode' and case.rows > 1:
+    goal = None  # There it is of one answer at a time.
   return (
       setting,
       _shown(case, part, its_s, times.get(part)),

@@ -30,20 +30,42 @@ class Setting(NamedTuple):
   threads: int | None
   wait: str | None  # OMP_WAIT_POLICY.
   compiled: bool
+  huge_pages: bool | None = None  # Asked of glibc; None: as it is here.
 
   @property
   def name(self) -> str:
     parts = ['compile' if self.compiled else 'eager']
     if self.threads is not None:
       parts.append(f'{self.threads} thread{"s" if self.threads > 1 else ""}')
-    return ', '.join([*parts, *([self.wait] if self.wait else [])])
+    if self.wait is not None:
+      parts.append(self.wait)
+    return ', '.join([*parts, *(['huge pages'] if self.huge_pages else [])])
+
+  @property
+  def variables(self) -> dict[str, str | None]:
+    """What the environment is to say of it; None: nothing."""
+    found: dict[str, str | None] = {
+        'OMP_WAIT_POLICY': None if self.wait == 'default' else self.wait
+    }
+    if self.threads is not None:
+      found |= dict.fromkeys(_THREADS, str(self.threads))
+    if self.huge_pages is not None:
+      tunables = os.environ.get('GLIBC_TUNABLES', '').split(':')
+      kept = [x for x in tunables if x and not x.startswith(_HUGE_PAGES)]
+      if self.huge_pages:
+        kept.append(f'{_HUGE_PAGES}=1')
+      found['GLIBC_TUNABLES'] = ':'.join(kept) or None
+    return found
 
 
-# One thread waits for no other, so that its policy is nothing to choose.
+_THREADS = ('OMP_NUM_THREADS', 'MKL_NUM_THREADS')
+_HUGE_PAGES = 'glibc.malloc.hugetlb'
+# With huge pages only the fastest of them, see `peer_picks`.
 CPU_SETTINGS = tuple(
-    Setting(threads, wait, compiled)
+    Setting(threads, wait, compiled, huge_pages=False)
     for compiled in (False, True)
-    for threads, wait in ((2, 'passive'), (2, 'default'), (1, None))
+    for threads in (2, 1)
+    for wait in ('passive', 'default')
 )
 GPU_SETTINGS = (Setting(None, None, False), Setting(None, None, True))
 
@@ -75,18 +97,13 @@ class TorchError(config.UserError):
 class _Process:
   """One child; ended by `close`, or by itself when it crashes."""
 
-  def __init__(self, threads: int | None, wait: str | None):
-    env = dict(os.environ)
-    env.pop('OMP_WAIT_POLICY', None)
-    if wait not in (None, 'default'):
-      env['OMP_WAIT_POLICY'] = wait
-    if threads is not None:
-      env['OMP_NUM_THREADS'] = env['MKL_NUM_THREADS'] = str(threads)
+  def __init__(self, setting: Setting):
+    env = {**os.environ, **setting.variables}
     self.built: set[str] = set()
     self._log = tempfile.TemporaryFile('w+')
     self._child = subprocess.Popen(
         [sys.executable, '-m', 'moellava_jax.bench.torch_child'],
-        env=env,
+        env={name: value for name, value in env.items() if value is not None},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=self._log,
@@ -188,12 +205,12 @@ class Torch:
     One that is has its own: after a few variants of a function torch compiles
     no more of them in a process, and runs them uncompiled without a word.
     """
-    key = name if setting.compiled else json.dumps(setting[:2])
+    key = name if setting.compiled else json.dumps(setting)
     found = self._processes.get(key)
     if found is None or not found.alive:
       if found is not None:
         found.close()
-      found = self._processes[key] = _Process(setting.threads, setting.wait)
+      found = self._processes[key] = _Process(setting)
     return found
 
   def seconds(self, setting: Setting, work: Work, part: str) -> float:

@@ -38,5 +38,7 @@ def test_the_command_prints_and_writes_what_it_measured(tmp_path):
   for rate in found['jpeg']:
     assert rate['largest_difference'] < 1
     assert rate['fast_over_exact'] > 1
+  assert found['device'] and 'matmul_precision' in found
+  assert found['versions'].keys() >= {'jax', 'grain'} and found['revision']
   assert set(found['overhead']) == {'shuffled', 'packed'}
   assert 'of the time of decoding' in done.stdout

@@ -6,7 +6,8 @@ import json
 import pytest
 
 from moellava_jax import config
-from moellava_jax.bench import main, measure, moe_layer
+from moellava_jax.bench import input as input_lib
+from moellava_jax.bench import main, measure, moe_layer, train_step
 
 
 def test_a_suite_is_measured_once(tmp_path, capsys, monkeypatch):
@@ -49,6 +50,8 @@ def test_results_of_other_settings_are_not_mixed(tmp_path):
 def test_full_suites_have_the_sizes_of_the_backbones():
   names = [case.name for case in main.cases('gpu_layer', 2, False)]
   assert 'D=2560 F=10240 gelu_tanh E=4 tokens=16384 bfloat16' in names
+  layers = [name for name in names if name.startswith('D=')]
+  assert len(layers) == 8 and sum('E=8' in name for name in layers) == 2
   names = [case.name for case in main.cases('gpu_decode', 2, False)]
   assert 'decode phi2 E=4' in names
   names = [case.name for case in main.cases('gpu_train', 2, False)]
@@ -66,3 +69,102 @@ def test_floors_are_those_of_the_arithmetic():
   assert whole == pytest.approx(1.5 * (1 + 2 * 4096 / 2048))
   assert moe_layer.WAYS['index'].floors(case)['forward'] == 1.5
   assert moe_layer.WAYS['ragged'].floors(case)['forward'] == 1
+
+
+def _layer(case, repeats):
+  """As fast as the floors allow, but for what the case of the goals misses."""
+  del repeats
+  found = {'flops_forward': 1.0}
+  for name in ('dense', *moe_layer.WAYS):
+    if name == 'einsum_batch' and case.tokens > 4096:
+      continue
+    entry = found[name] = {}
+    for phase in moe_layer.PHASES:
+      # The whole batch as one group costs the square.
+      seconds = case.tokens ** (2 if name == 'einsum_batch' else 1) / 1e6
+      if name == 'ragged' and case.tokens > 4096:
+        seconds *= 1.25
+      time = measure.Time(*3 * (seconds,))._asdict()
+      entry[phase] = {'seconds': time, 'ratio': 1.5}
+  return found
+
+
+def test_growth_with_the_tokens_is_kept_and_shown(
+    tmp_path, capsys, monkeypatch
+):
+  monkeypatch.setattr(moe_layer, 'run', _layer)
+  real = main.cases
+
+  def layers(*args):
+    return [c for c in real(*args) if c.name.startswith(('D=', 'growth'))]
+
+  monkeypatch.setattr(main, 'cases', layers)
+  main.run('cpu', str(tmp_path), 2, False)
+  cases = json.loads((tmp_path / 'cpu.json').read_text())['cases']
+  grown = cases['growth D=256 F=1024 E=4']
+  assert grown['dense'] == {
+      'tokens': [1024, 16384],
+      'forward': 16.0,
+      'forward_backward': 16.0,
+  }
+  assert grown['einsum_batch']['tokens'] == [1024, 4096]
+  assert grown['einsum_batch']['forward'] == pytest.approx(16)
+  shown = {
+      line.split()[4]: ' '.join(line.split()[5:])
+      for line in capsys.readouterr().out.splitlines()
+      if line.startswith('growth D') and 'E=4' in line
+  }
+  assert shown['einsum_batch'] == '1024 to 4096 4 16.00 16.00'
+  assert shown['dense'] == '1024 to 16384 16 16.00 16.00'
+  assert shown['index'].count('16.00 <= 17 met') == 2
+  assert shown['ragged'].count('20.00 <= 17 missed') == 2
+  # Again: made of what is there.
+  main.run('cpu', str(tmp_path), 2, False)
+
+
+def test_a_layer_has_the_goals_of_its_size(monkeypatch):
+  ratios = {'index': 1.5 * 1.16, 'einsum_256': 1.875 * 1.14, 'ragged': 1.26}
+
+  def interleaved(runs, repeats):
+    del repeats
+    return {x: measure.Time(*3 * (ratios.get(x, 1.0),)) for x in runs}
+
+  monkeypatch.setattr(measure, 'interleaved', interleaved)
+  monkeypatch.setattr(
+      moe_layer, 'programs', lambda *_: dict.fromkeys(moe_layer.PHASES)
+  )
+  case = moe_layer.Case(256, 1024, 'gelu_tanh', 4, 4096, 'float32')
+  rows = {r[1]: r for r in moe_layer.table('', moe_layer.run(case, 2))}
+  assert rows['dense'][5] == ''
+  assert rows['index'][5] == '1.16 <= 1.15 missed'
+  assert rows['einsum_256'][5] == '1.14 <= 1.15 met'
+  assert rows['ragged'][5] == '1.26 <= 1.25 missed'
+  assert rows['ragged'][9] == '1.26 <= 1.6 met'
+  assert rows['einsum_batch'][5] == f'{1 / 7.5:.2f}'
+  found = moe_layer.run(case._replace(tokens=16384), 2)
+  assert 'einsum_batch' not in found and 'einsum_256' in found
+  assert '=' not in moe_layer.table('', found)[-1][5]
+
+
+def test_a_share_of_the_ceiling_has_the_goal_of_the_suite(monkeypatch):
+  header = train_step.HEADER
+  entry = {'speed': 0.81, 'ceiling': 0.9}
+  monkeypatch.setattr(
+      train_step, 'table', lambda *_: [('step', x, *header[2:]) for x in found]
+  )
+  found = {'dense': {}, 'index': entry, 'ragged': {'error': 'full'}}
+  for suite, goal in (('cpu', '0.85 met'), ('gpu_train', '0.92 missed')):
+    case = next(c for c in main.cases(suite, 2, False) if 'moe' in c.name)
+    dense, index, ragged = case.rows('', found)
+    assert index[5] == f'0.90 >= {goal}'
+    assert dense[5] == ragged[5] == 'share'
+    assert index[:5] == ('step', 'index', *header[2:5])
+    assert index[6:] == header[6:]
+
+
+def test_the_suite_of_the_cpu_ends_with_the_input_pipeline(capsys, monkeypatch):
+  last = main.cases('cpu', 2, False)[-1]
+  assert last.name == 'input'
+  monkeypatch.setattr(input_lib.util, 'find_spec', lambda name: None)
+  assert 'input' not in [case.name for case in main.cases('cpu', 2, False)]
+  assert 'input pipeline: not measured' in capsys.readouterr().out

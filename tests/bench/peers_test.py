@@ -134,14 +134,15 @@ def test_all_that_is_measured_is_written(tmp_path, capsys, monkeypatch):
         assert entry['best'][part]['seconds']['median'] > 0
         assert 'eager' in entry['best'][part]['setting']
         tried = {name: t[part] for name, t in entry['tried'].items()}
-        assert list(tried) == [
+        names = [
             f'{implementation}, {setting.name}'
             for implementation in peer_cases.IMPLEMENTATIONS[peer]
             for setting in case.settings
         ]
+        *those, last = tried
+        assert those == names and last.endswith('huge pages')
         for name, trial in tried.items():
           assert ('eager' in name) == ('seconds' in trial)
-  assert listed[0].settings == torch_process.CPU_SETTINGS
   tried = found['cases'][listed[0].name]['peers']['deepspeed']['tried']
   errors = [
       t['forward']['error'] for t in tried.values() if 'error' in t['forward']
@@ -176,61 +177,148 @@ def test_full_suites_have_the_sizes_that_they_say():
 class _FakeTorch:
   """Answers with given seconds, and notes what is dropped."""
 
-  def __init__(self, seconds):
-    self.seconds_of, self.dropped = seconds, []
+  def __init__(self, seconds, huge_pages):
+    self.seconds_of, self.huge_pages = seconds, huge_pages
+    self.calls, self.dropped = {}, []
 
   def seconds(self, setting, work, part):
-    found = self.seconds_of[setting.name, part]
+    del work
+    key = setting._replace(huge_pages=False).name, part
+    found = self.seconds_of[key]
     if isinstance(found, str):
       raise torch_process.TorchError(found)
-    return found
+    count = self.calls[setting.name, part] = (
+        self.calls.get((setting.name, part), 0) + 1
+    )
+    # The first two are slow, in which it compiles.
+    slow = 100 if count <= 2 else 0
+    return slow + found * (self.huge_pages if setting.huge_pages else 1)
 
   def drop(self, setting, work):
+    del work
     self.dropped.append(setting.name)
 
 
-def _pick(seconds):
-  case = peer_cases.cases('cpu', True)[0]
+def _pick(kind, seconds, huge_pages=2.0):
+  """Picks among all settings of the CPU, of which these are the seconds."""
+  case = next(c for c in peer_cases.cases('cpu', False) if c.kind == kind)
+  parts = peer_cases.PARTS[kind]
   torch = _FakeTorch(
       {
           (setting.name, part): value
           for setting, value in zip(case.settings, seconds, strict=True)
-          for part in ('forward', 'forward_backward')
-      }
+          for part in parts
+      },
+      huge_pages,
   )
-  tried, best = peer_picks.pick(case, 'deepspeed', torch)
-  names = [trial.setting.name for trial in best.values()]
-  decisive = [parts['forward_backward'] for parts in tried.values()]
-  return names, decisive, torch.dropped
-
-
-def test_the_fastest_setting_is_picked_and_others_are_dropped():
-  names, tried, dropped = _pick([0.3, 0.2, 0.9, 0.15, 0.1, 0.01])
-  assert names == ['compile, 2 threads, default'] * 2
-  # One thread was hopeless without compilation.
-  assert '4.5 x' in tried[5]['skipped']
-  assert '1.5 x' in tried[3]['skipped']
-  assert [t['seconds'] for t in tried[:3]] == [0.3, 0.2, 0.9]
-  assert set(dropped) == {
-      'eager, 2 threads, passive',
-      'eager, 2 threads, default',
-      'eager, 1 thread',
+  tried, best = peer_picks.pick(case, 'dense', torch)
+  decisive = {
+      name.removeprefix('dense, '): found[parts[-1]]
+      for name, found in tried.items()
   }
+  return best[parts[-1]].setting.name, decisive, torch.dropped
 
 
-def test_a_setting_that_gains_nothing_or_fails_is_said_to():
-  names, tried, _ = _pick([0.2, 0.2, 0.2, 0.3, 0.1, 0.1])
-  assert names == ['eager, 2 threads, passive'] * 2
-  assert 'gained nothing' in tried[4]['skipped']
-  names, tried, _ = _pick(['no kernel', 0.2, 0.2, 0.3, 'no g++', 0.1])
-  assert names == ['eager, 2 threads, default'] * 2
-  assert tried[0] == {'error': 'no kernel'}
-  assert tried[4] == {'error': 'no g++'}
-  assert 'no g++' in tried[5]['skipped']
+_EAGER = (0.3, 0.2, 0.9, 0.8)
+_COMPILED = (0.35, 0.25, 0.01, 0.4)
+
+
+def test_a_peer_has_all_settings():
+  named = [setting.name for setting in torch_process.CPU_SETTINGS]
+  assert sorted(named) == sorted(
+      f'{way}, {threads}, {wait}'
+      for way in ('eager', 'compile')
+      for threads in ('1 thread', '2 threads')
+      for wait in ('default', 'passive')
+  )
+  for case in peer_cases.cases('cpu', False):
+    assert case.settings == torch_process.CPU_SETTINGS
+
+
+def test_a_layer_is_tried_in_all_of_them():
+  name, tried, dropped = _pick('layer', _EAGER + _COMPILED)
+  assert name == 'compile, 1 thread, passive'
+  seconds = {setting: t['seconds'] for setting, t in tried.items()}
+  plain = dict(
+      zip(
+          [setting.name for setting in torch_process.CPU_SETTINGS],
+          _EAGER + _COMPILED,
+          strict=True,
+      )
+  )
+  # With huge pages only the fastest ones, which gain nothing from them here.
+  assert seconds == plain | {
+      'eager, 2 threads, default, huge pages': 0.4,
+      'compile, 1 thread, passive, huge pages': 0.02,
+  }
+  assert set(dropped) == set(seconds) - {name}
+
+
+def test_what_is_faster_with_huge_pages_has_them():
+  name, tried, dropped = _pick('layer', _EAGER + _COMPILED, huge_pages=0.5)
+  assert name == 'compile, 1 thread, passive, huge pages'
+  assert tried[name]['seconds'] == 0.005
+  assert 'compile, 1 thread, passive' in dropped and name not in dropped
+
+
+def test_a_model_is_not_compiled_where_that_is_hopeless():
+  name, tried, _ = _pick('train', _EAGER + _COMPILED)
+  # Compiling the best one gained nothing, but it is not the only one.
+  assert name == 'eager, 2 threads, default'
+  assert tried['compile, 2 threads, default']['seconds'] == 0.25
+  assert tried['compile, 2 threads, passive']['seconds'] == 0.35
+  assert '4.5 x' in tried['compile, 1 thread, passive']['skipped']
+  assert '4.0 x' in tried['compile, 1 thread, default']['skipped']
+
+
+def test_a_setting_that_fails_is_said_to():
+  eager, compiled = ('no kernel', 0.2, 0.2, 0.2), (0.3, 'no g++', 0.1, 0.1)
+  name, tried, _ = _pick('layer', eager + compiled)
+  assert name == 'eager, 2 threads, default'
+  assert tried['eager, 2 threads, passive'] == {'error': 'no kernel'}
+  assert tried['compile, 2 threads, default'] == {'error': 'no g++'}
+  assert 'no g++' in tried['compile, 2 threads, passive']['skipped']
+
+
+def test_a_setting_reaches_the_process_of_torch(monkeypatch):
+  monkeypatch.setenv('GLIBC_TUNABLES', 'glibc.malloc.hugetlb=2:glibc.a.b=3')
+  monkeypatch.setenv('OMP_WAIT_POLICY', 'active')
+  started = []
+  monkeypatch.setattr(torch_process.tempfile, 'TemporaryFile', lambda *_: None)
+  monkeypatch.setattr(
+      torch_process.subprocess,
+      'Popen',
+      lambda *_, env, **_options: started.append(env),
+  )
+  for huge_pages in (None, False, True):
+    torch_process._Process(
+        torch_process.Setting(1, 'passive', False, huge_pages)
+    )
+  monkeypatch.delenv('GLIBC_TUNABLES')
+  torch_process._Process(torch_process.Setting(2, 'default', False, False))
+  assert [env.get('GLIBC_TUNABLES') for env in started] == [
+      'glibc.malloc.hugetlb=2:glibc.a.b=3',
+      'glibc.a.b=3',
+      'glibc.a.b=3:glibc.malloc.hugetlb=1',
+      None,
+  ]
+  assert [env.get('OMP_WAIT_POLICY') for env in started[2:]] == [
+      'passive',
+      None,
+  ]
+  assert started[0]['OMP_NUM_THREADS'] == started[0]['MKL_NUM_THREADS'] == '1'
+
+
+def _decoding(device, rows):
+  return next(
+      c
+      for c in peer_cases.cases(device, False)
+      if (c.kind, c.rows) == ('decode', rows)
+  )
 
 
 def test_the_table_has_ratios_of_speeds_and_goals():
-  case = next(c for c in peer_cases.cases('cpu', False) if c.kind == 'decode')
+  case = _decoding('cpu', 1)
 
   def time(median):
     return {'median': median, 'low': median, 'high': median}
@@ -252,3 +340,10 @@ def test_the_table_has_ratios_of_speeds_and_goals():
   assert rows['steps'][3] == '100.0 ms (310 tokens/s)'
   assert rows['steps'][-2:] == ('4.00', '>= 2')
   assert rows['answer'][-2:] == ('2.50', '')
+  for device, rows, goal in (
+      ('cpu', 8, '>= 2'),
+      ('cuda', 1, '>= 2'),
+      ('cuda', 8, ''),  # On a GPU, of one answer at a time.
+  ):
+    shown = peers.table(_decoding(device, rows), found)
+    assert {row[1]: row[-1] for row in shown}['steps'] == goal
