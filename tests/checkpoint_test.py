@@ -115,6 +115,17 @@ def test_the_newest_stay_and_some_for_good(tmp_path):
   assert steps == {'4', '8', '10', '11'}
 
 
+def test_training_may_go_on_where_an_error_is_handled(tmp_path):
+  stage = _stage(tmp_path)
+  try:
+    raise ValueError
+  except ValueError:
+    stage.save(1, *_arrays(_mesh(fsdp=2)), _META)
+    stage.check()
+  stage.close()
+  assert _stage(tmp_path).latest_step() == 1
+
+
 def test_saving_says_how_long_it_held_training_up(tmp_path):
   stage = _stage(tmp_path)
   seconds = [stage.save(s, *_arrays(_mesh(fsdp=2)), _META) for s in (1, 2)]
