@@ -167,10 +167,11 @@ file=$ROOT/launch/gke_jobset.yaml
 if $gpus; then
   file=$ROOT/launch/gke_jobset_gpu.yaml
   chips=${chips:-8}
+  args+=(--num_processes="$hosts")
   # shellcheck disable=SC2016  # Kubernetes' own $(NAME).
   if ((hosts > 1)); then
     args+=('--coordinator_address=$(COORDINATOR):8476'
-      --num_processes="$hosts" '--process_id=$(PROCESS_ID)')
+      '--process_id=$(PROCESS_ID)')
   fi
 else
   [[ -n $topology ]] || die 'needs --topology, such as 4x4'

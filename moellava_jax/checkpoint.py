@@ -21,6 +21,8 @@ import contextlib
 import hashlib
 import json
 import math
+import sys
+import threading
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -290,6 +292,8 @@ class Stage:
 
   def __init__(self, run: str, stage: str, cfg: config.CheckpointConfig):
     self.name = stage
+    self._saver = 0  # The thread that calls `save`.
+    self._failed = threading.Event()
     self._run = run_folder.absolute(run)
     self._dir = self._run / stage
     policies = ocp.checkpoint_managers
@@ -306,9 +310,24 @@ class Stage:
               create=True,
               cleanup_tmp_directories=True,  # What kills have left.
               enable_async_checkpointing=True,
+              async_options=ocp.options.AsyncOptions(
+                  barrier_sync_fn=self._meet
+              ),
           ),
           item_names=('trained', 'optimizer', 'meta'),
       )
+
+  def _meet(self, *, key: str, timeout_ms: int) -> None:
+    """The barrier of Orbax' threads, which a process that failed does not enter.
+
+    Orbax would wait there for twenty minutes, for processes that wait for this
+    one elsewhere, before it tells of the failure.
+    """
+    error = sys.exception()  # Orbax may call from a `finally`, as may ours.
+    if error is not None and threading.get_ident() != self._saver:
+      self._failed.set()
+      raise error
+    ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
   def latest_step(self) -> int | None:
     return self._manager.latest_step()
@@ -332,6 +351,7 @@ class Stage:
     Raises:
       CheckpointError: this save, or the one before, has failed.
     """
+    self._saver = threading.get_ident()
     self.wait()
     frozen = self._run / 'frozen' / meta['frozen'] / 'params'
     gone = [self._dir] if run_folder.is_gone(self._dir) else []
@@ -398,7 +418,7 @@ class Stage:
 
   def check(self) -> None:
     """Raises CheckpointError if a save in the background has failed."""
-    if not self._manager.is_saving_in_progress():
+    if self._failed.is_set() or not self._manager.is_saving_in_progress():
       self.wait()
 
   def wait(self) -> None:

@@ -119,6 +119,17 @@ def test_the_newest_stay_and_some_for_good(tmp_path):
   assert steps == {'4', '8', '10', '11'}
 
 
+def test_training_may_go_on_where_an_error_is_handled(tmp_path):
+  stage = _stage(tmp_path)
+  try:
+    raise ValueError
+  except ValueError:
+    stage.save(1, *_arrays(_mesh(fsdp=2)), _META)
+    stage.check()
+  stage.close()
+  assert _stage(tmp_path).latest_step() == 1
+
+
 # TensorStore reports to an event loop that Orbax has closed.
 @pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
 def test_a_full_disk_is_an_error_and_earlier_steps_stay(tmp_path):

@@ -56,7 +56,8 @@ def start(
   JAX looks for what started this process: Open MPI, SLURM, a TPU slice (by the
   variables of GKE or the metadata of Compute Engine), or a Kubernetes Job or
   JobSet (with the package `kubernetes`). Where it finds nothing, and for a
-  single task of SLURM or Open MPI, the process stays alone.
+  single task of SLURM or Open MPI, the process stays alone, as it does with
+  `num_processes` 1.
 
   Args:
     coordinator_address: host:port of process 0, reachable from all others.
@@ -75,6 +76,8 @@ def start(
       '--num_processes': num_processes,
       '--process_id': process_id,
   }
+  if num_processes == 1 and not process_id:
+    return
   missing = [name for name, value in flags.items() if value is None]
   if missing and len(missing) < len(flags):
     raise config.UserError(
@@ -124,13 +127,19 @@ def _only_task() -> bool:
 
 
 def _check_not_lost() -> None:
-  """Raises UserError for a pod of many that believes to be alone."""
-  index = os.environ.get('JOB_COMPLETION_INDEX', '0')
-  if index != '0':
+  """Raises UserError for a pod of an indexed job that believes to be alone.
+
+  Nothing in its environment tells how many there are. Pod 0 would train alone,
+  in the run folder of all of them.
+  """
+  index = os.environ.get('JOB_COMPLETION_INDEX')
+  if index is not None:
     raise config.UserError(
         f'This is pod {index} of a Kubernetes job, but JAX does not find the'
-        ' others. Install the package kubernetes, or give'
-        ' --coordinator_address, --num_processes and --process_id.'
+        ' others. On TPUs, install the extra `tpu`; elsewhere the package'
+        ' kubernetes (pip install kubernetes), or give --coordinator_address,'
+        ' --num_processes and --process_id; to a pod that is alone,'
+        ' --num_processes=1.'
     )
 
 

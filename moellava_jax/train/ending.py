@@ -49,7 +49,8 @@ def _watch(stop: threading.Event) -> None:
     if notices:
       with _lock:
         code, message = json.loads(notices[0][1])
-        print(f'error: {message}', file=sys.stderr, flush=True)
+        with _said():
+          print(f'error: {message}', file=sys.stderr, flush=True)
         _wait()
         _exit(code)
 
@@ -68,10 +69,11 @@ def fail(error: Exception, code: int = 1) -> NoReturn:
     print(f'error: {error}', file=sys.stderr, flush=True)
     sys.exit(code)
   with _lock:  # Whoever has it ends the process; this may be a consequence.
-    if expected:
-      print(f'error: {error}', file=sys.stderr, flush=True)
-    else:
-      traceback.print_exception(error)
+    with _said():
+      if expected:
+        print(f'error: {error}', file=sys.stderr, flush=True)
+      else:
+        traceback.print_exception(error)
     if not isinstance(error, cluster.ClusterError):
       _tell(error, code)
     _exit(code)
@@ -95,8 +97,14 @@ def _wait() -> None:
     os.abort()
 
 
+def _said() -> contextlib.suppress:
+  """For what is good to say: the log may lie on the disk that is full."""
+  return contextlib.suppress(OSError)
+
+
 def _exit(code: int) -> NoReturn:
-  sys.stdout.flush()
+  with _said():
+    sys.stdout.flush()
   jax.distributed.shutdown()
   # Threads that wait for devices would keep the interpreter from ending.
   os._exit(code)

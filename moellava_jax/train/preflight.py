@@ -6,6 +6,7 @@ the mesh needs, reach each other's devices, and see one folder that they may
 write to?
 """
 
+from collections.abc import Callable
 import contextlib
 import dataclasses
 import hashlib
@@ -27,6 +28,7 @@ from moellava_jax import config, run_folder, sharding, trees
 from moellava_jax.train import about, cluster, placement
 
 _SUM_S = 300  # The first collective of a large cluster connects all devices.
+_FILES_S = 120  # A network file system that is gone answers never.
 _SEE_S = 10  # Network file systems remember what was not there.
 _BYTES = 1 << 20
 
@@ -93,6 +95,30 @@ def _source() -> str:
   return digest.hexdigest()[:12]
 
 
+def _within(seconds: float, function: Callable[[], Any]) -> Any:
+  """What `function` returns, called in a thread that is left if it hangs.
+
+  Raises:
+    TimeoutError: it has not returned by then; or whatever it raises.
+  """
+  answer: queue.Queue[tuple[Any, Exception | None]] = queue.Queue()
+
+  def call() -> None:
+    try:
+      answer.put((function(), None))
+    except Exception as error:
+      answer.put((None, error))
+
+  threading.Thread(target=call, daemon=True).start()
+  try:
+    result, error = answer.get(timeout=seconds)
+  except queue.Empty:
+    raise TimeoutError(f'no result after {seconds:g} s') from None
+  if error is not None:
+    raise error
+  return result
+
+
 def _sum(mesh: jax.sharding.Mesh) -> float:
   """Seconds of a sum over all devices.
 
@@ -104,26 +130,18 @@ def _sum(mesh: jax.sharding.Mesh) -> float:
   numbers = np.arange(1, count + 1, dtype=np.int32)
   began = time.monotonic()
 
-  def add(answer: queue.Queue) -> None:
-    try:
-      x = jax.make_array_from_callback(
-          (count,), jax.sharding.NamedSharding(mesh, spec), numbers.__getitem__
-      )
-      total = jax.jit(jnp.sum, out_shardings=sharding.replicated(mesh))(x)
-      answer.put(int(total))
-    except Exception as error:
-      answer.put(error)
+  def add() -> int:
+    x = jax.make_array_from_callback(
+        (count,), jax.sharding.NamedSharding(mesh, spec), numbers.__getitem__
+    )
+    return int(jax.jit(jnp.sum, out_shardings=sharding.replicated(mesh))(x))
 
-  answer: queue.Queue[Any] = queue.Queue()
-  threading.Thread(target=add, args=(answer,), daemon=True).start()
   try:
-    total = answer.get(timeout=_SUM_S)
-  except queue.Empty:
-    total = TimeoutError(f'no result after {_SUM_S} s')
-  if total != numbers.sum():
+    total = _within(_SUM_S, add)
     found = f'gave {total} for {numbers.sum()}'
-    if isinstance(total, Exception):
-      found = f'failed: {total}'
+  except Exception as error:
+    total, found = None, f'failed: {error}'
+  if total != numbers.sum():
     raise config.UserError(
         f'A sum over all {count} devices {found}. The processes have found each'
         ' other, so look at what connects their devices: the network between'
@@ -172,13 +190,27 @@ def _files(root: str) -> str:
         )
       time.sleep(0.2)
 
-  try:
-    cluster.together('writing to the run folder', write)
-    cluster.together('reading from the run folder', see)
-  finally:
+  def remove():
     with contextlib.suppress(Exception):  # Where nothing could be written.
       mine.unlink(missing_ok=True)
-  free = run_folder.room(root)
+
+  def answer(function):
+    try:
+      return _within(_FILES_S, function)
+    except TimeoutError as error:
+      raise config.UserError(
+          f'The run folder {root} does not answer: {error}. Look at the file'
+          ' system it is on (is it mounted, can its server be reached?), or'
+          ' choose another --config.workdir.'
+      ) from error
+
+  try:
+    cluster.together('writing to the run folder', lambda: answer(write))
+    cluster.together('reading from the run folder', lambda: answer(see))
+  finally:
+    with contextlib.suppress(TimeoutError):
+      _within(_SEE_S, remove)
+  free = answer(lambda: run_folder.room(root))
   return '' if free is None else f', {free / 1e9:,.1f} GB free'
 
 

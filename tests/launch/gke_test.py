@@ -131,8 +131,8 @@ def test_nodes_with_gpus(tmp_path):
   }
   assert container['resources']['limits'] == {'nvidia.com/gpu': 8}
   assert container['args'][3:] == [
-      '--coordinator_address=$(COORDINATOR):8476',
       '--num_processes=2',
+      '--coordinator_address=$(COORDINATOR):8476',
       '--process_id=$(PROCESS_ID)',
   ]
   fields = {
@@ -153,7 +153,7 @@ def test_nodes_with_gpus(tmp_path):
   env = {e['name']: e['value'] for e in container['env'] if 'value' in e}
   assert env == wanted
   one = _container(_rendered(tmp_path, *GPU, '--hosts=1'))
-  assert len(one['args']) == 3
+  assert one['args'][3:] == ['--num_processes=1']  # Else no pod is alone.
 
 
 @pytest.mark.parametrize('args', [TPU, GPU])

@@ -1,19 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Real processes that find each other, agree or not, and fail together."""
 
+import dataclasses
+import http.server
 import os
 import pathlib
 import resource
+import shutil
 import socket
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 
 import numpy as np
 import pytest
 
-from moellava_jax import checkpoint, config
+import moellava_jax
+from moellava_jax import checkpoint, config, sharding
 from moellava_jax.train import cluster, preflight
 from tests import tiny
 
@@ -147,6 +152,114 @@ def test_one_process_may_look_at_checkpoints_while_others_wait(tmp_path):
   assert os.listdir(tmp_path / 'run' / 'tokenizer') == ['origin.json']
 
 
+@pytest.mark.slow
+def test_bad_input_is_an_error_in_every_process(tmp_path):
+  """After each of them both are at the same point: the next one is compared."""
+  run, other = tmp_path / 'run', tmp_path / 'other'
+  cfg = tiny.train_config(other)
+  stage = checkpoint.Stage(cfg.workdir, 'warmup', cfg.checkpoint)
+  arrays = {'w': np.ones(4, np.float32)}
+  stage.save(
+      2,
+      arrays,
+      arrays,
+      {'stage': 'warmup', 'frozen': '', 'config': dataclasses.asdict(cfg)},
+  )
+  stage.close()
+  (tmp_path / 'file').write_text('')
+  # As on a host that was not updated.
+  old = tmp_path / 'old'
+  shutil.copytree(pathlib.Path(moellava_jax.__file__).parent, old)
+  with open(old / 'train' / 'step.py', 'a') as file:
+    file.write('# An edit.\n')
+  script = f"""
+      join()
+      import moellava_jax
+      from moellava_jax.train import loop
+      from tests import tiny
+
+      def refused(run={str(run)!r}, **changes):
+        cfg = tiny.train_config(run, mesh__cpu_devices=1, **changes)
+        try:
+          loop.run(cfg)
+        except config.UserError as error:
+          print(error, flush=True)
+          return error
+
+      loop.inputs.read = lambda *_: sys.exit('accepted')
+      new = moellava_jax.__file__
+      if cluster.process() == 1:
+        moellava_jax.__file__ = {str(old / '__init__.py')!r}
+      refused()
+      moellava_jax.__file__ = new
+      refused(mesh__data=3)
+      refused(warmup__batch_size=15)
+      refused(mesh__expert=2, model__moe__num_experts=3)
+      refused(run={str(tmp_path / 'file' / 'run')!r})
+      error = refused(run={str(other)!r}, model__llm__width=48)
+      ending.fail(error)
+  """
+  for code, output in _run(script, script, env=({'XLA_FLAGS': ''},) * 2):
+    assert code == 1, output
+    lines = iter(output.splitlines())
+    for reason in (
+        'do not agree on config and code: source files: ',
+        'needs 3 devices, but there are 2',
+        'batch_size=15 is not a multiple of 2',
+        "num_experts=3 is not a multiple of the mesh axis 'expert'",
+        'run cannot be written: NotADirectoryError',
+        f'{other}/warmup/2 was written by another config: model.llm.width',
+    ):
+      assert any(reason in line for line in lines), (reason, output)
+    assert 'Traceback' not in output, output
+  assert not run.exists()
+
+
+def test_a_save_that_fails_in_one_process_ends_the_others(tmp_path):
+  """In the background, where Orbax makes the others wait for it."""
+  script = f"""
+      join()
+      import resource
+      from absl import logging
+      import jax
+      import numpy as np
+      from moellava_jax import checkpoint
+      from moellava_jax.train import agree
+      from tests import tiny
+
+      logging.set_verbosity(logging.FATAL)  # Orbax tells every failure.
+      cfg = tiny.train_config({str(tmp_path / 'run')!r})
+      mesh = jax.sharding.Mesh(jax.devices(), ('data',))
+      numbers = np.random.default_rng(0).random(1 << 16).astype(np.float32)
+      array = jax.make_array_from_callback(
+          numbers.shape,
+          jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('data')),
+          numbers.__getitem__,
+      )
+      poll = agree.Poll(mesh)
+      stage = checkpoint.Stage(cfg.workdir, 'warmup', cfg.checkpoint)
+      if cluster.process() == 1:  # The disk is full, and the log is there too.
+        _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+        os.dup2(os.open('/dev/full', os.O_WRONLY), 2)
+      meta = dict(stage='warmup', frozen='')
+      try:
+        stage.save(2, dict(w=array), dict(m=array), meta)
+        print('training goes on', flush=True)
+        while True:
+          poll.now(agree.CONTINUE)
+          stage.check()
+      except Exception as error:
+        ending.fail(error)
+  """
+  found = _run(script, script, env=({'XLA_FLAGS': ''},) * 2)
+  assert [code for code, _ in found] == [1, 1], found
+  assert all('training goes on' in output for _, output in found), found
+  assert 'error: process 1 (' in found[0][1], found
+  assert 'The newest step cannot be saved in' in found[0][1], found
+  assert 'too large' in found[0][1], found
+
+
 def test_the_failure_of_one_process_ends_the_others():
   # Process 0 waits, as it would in a step.
   (code0, zero), (code1, one) = _run(
@@ -224,7 +337,21 @@ def _open_mpi(task: int, tasks: int) -> dict[str, str]:
   }
 
 
-@pytest.mark.parametrize('launcher', [_slurm, _open_mpi])
+def _gke(task: int, slices: int) -> dict[str, str]:
+  """Of a JobSet with slices of one host, as GKE tells its pods."""
+  return {
+      'JAX_FORCE_TPU_INIT': '1',  # There is no chip.
+      'KUBERNETES_SERVICE_HOST': '127.0.0.1',
+      'JOB_COMPLETION_INDEX': '0',
+      'TPU_WORKER_HOSTNAMES': '127.0.0.1',
+      'TPU_WORKER_ID': '0',
+      'MEGASCALE_COORDINATOR_ADDRESS': '127.0.0.1',
+      'MEGASCALE_NUM_SLICES': str(slices),
+      'MEGASCALE_SLICE_ID': str(task),
+  }
+
+
+@pytest.mark.parametrize('launcher', [_slurm, _open_mpi, _gke])
 def test_the_tasks_of_a_launcher_find_each_other(launcher):
   port = {'JAX_COORDINATOR_PORT': _address().split(':')[1]}
   env = [launcher(task, 2) | port for task in range(2)]
@@ -232,16 +359,63 @@ def test_the_tasks_of_a_launcher_find_each_other(launcher):
     assert code == 0 and "['here', 'here']" in output, output
 
 
+class _Metadata(http.server.BaseHTTPRequestHandler):
+  """What Compute Engine tells the workers of a slice, under /WORKER/."""
+
+  def do_GET(self):
+    _, worker, *_, key = self.path.split('/')
+    text = {
+        'agent-worker-number': worker,
+        'worker-network-endpoints': 'a:0:127.0.0.1,b:1:127.0.0.1',
+        'tpu-env': "ACCELERATOR_TYPE: 'v5litepod-8'\n",
+    }[key]
+    self.send_response(200)
+    self.end_headers()
+    self.wfile.write(text.encode())
+
+  def log_message(self, *_):
+    pass
+
+
+def test_the_workers_of_a_tpu_slice_find_each_other():
+  port = _address().split(':')[1]
+  # JAX sets it where there is no chip.
+  script = "    del os.environ['TPU_SKIP_MDS_QUERY']" + _FIND
+  with http.server.ThreadingHTTPServer(('127.0.0.1', 0), _Metadata) as server:
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    env = [
+        {
+            'JAX_FORCE_TPU_INIT': '1',
+            'JAX_COORDINATOR_PORT': port,
+            'GCE_METADATA_IP': f'127.0.0.1:{server.server_port}/{worker}',
+            'NO_PROXY': '127.0.0.1',
+        }
+        for worker in range(2)
+    ]
+    found = _run(script, script, env=env)
+    server.shutdown()
+  for code, output in found:
+    assert code == 0 and "['here', 'here']" in output, output
+
+
 def test_a_process_without_others_stays_alone():
   found = _run(
       *[_FIND] * 3,
       # In a cluster of one, JAX would leave all but one GPU alone.
-      env=[{}, _slurm(0, 1), {'JOB_COMPLETION_INDEX': '3'}],
+      env=[
+          {},
+          _slurm(0, 1),
+          # Without the package kubernetes nothing tells how many there are.
+          {'JOB_COMPLETION_INDEX': '0', 'KUBERNETES_SERVICE_HOST': '10.0.0.1'},
+      ],
   )
   for code, output in found[:2]:
     assert code == 0 and 'alone' in output, output
   code, output = found[2]
-  assert code == 1 and 'pod 3 of a Kubernetes job' in output, output
+  assert code == 1 and 'pod 0 of a Kubernetes job' in output, output
+  assert 'pip install kubernetes' in output and '--num_processes=1' in output
+  cluster.start(None, 1, None, start_timeout_s=1, heartbeat_timeout_s=1)
+  assert cluster.alone()
 
 
 def test_a_place_that_is_given_in_part_is_an_error():
@@ -287,3 +461,48 @@ def test_preflight_refuses_a_folder_that_cannot_be_written(tmp_path):
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, soft_hard)
   assert not list((tmp_path / 'run').iterdir())
+
+
+def test_preflight_does_not_wait_for_a_folder_that_does_not_answer(
+    tmp_path, monkeypatch
+):
+  """As of a network file system whose server is gone."""
+  monkeypatch.setattr(preflight, '_FILES_S', 0.1)
+  monkeypatch.setattr(preflight, '_SEE_S', 0.1)
+  back = threading.Event()
+  path = type(preflight.epath.Path(tmp_path))
+  for call in ('mkdir', 'unlink'):
+    monkeypatch.setattr(path, call, lambda *_, **__: back.wait())
+  try:
+    with pytest.raises(
+        config.UserError, match=f'folder {tmp_path} does not answer: no result'
+    ):
+      preflight._files(str(tmp_path))
+  finally:
+    back.set()
+
+
+def test_preflight_refuses_a_sum_that_is_wrong_fails_or_hangs(monkeypatch):
+  mesh = sharding.data_mesh()
+  assert preflight._sum(mesh) > 0
+  back = threading.Event()
+
+  def fail(_):
+    raise RuntimeError('no route to host')
+
+  def hang(x):
+    back.wait()
+    return x[0]
+
+  monkeypatch.setattr(preflight, '_SUM_S', 1)
+  for wrong, reason in (
+      (lambda x: x.max(), 'gave 8 for 36'),
+      (fail, 'failed: no route to host'),
+      (hang, 'failed: no result after 1 s'),
+  ):
+    monkeypatch.setattr(preflight.jnp, 'sum', wrong)
+    with pytest.raises(
+        config.UserError, match=f'sum over all 8 devices {reason}.*firewall'
+    ):
+      preflight._sum(mesh)
+  back.set()

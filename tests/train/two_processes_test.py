@@ -80,7 +80,7 @@ def _assert_same(run: pathlib.Path, other: pathlib.Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_and_one_goes_on_where_they_stopped(
+def test_two_processes_train_as_one_and_each_goes_on_where_others_stopped(
     tmp_path,
 ):
   two, one = tmp_path / 'two', tmp_path / 'one'
@@ -105,6 +105,11 @@ def test_two_processes_train_as_one_and_one_goes_on_where_they_stopped(
   said = _launch(two, processes=1, devices=8)
   assert 'moe: going on after step 2' in said
   _assert_same(two, one)
+  # And the other way round: what one process has saved.
+  shutil.rmtree(one / 'moe' / 'final')
+  said = _launch(one, processes=2, devices=4)
+  assert 'moe: going on after step 2' in said
+  _assert_same(one, two)
 
 
 def _pair(flags: list[list[str]], folders: list[pathlib.Path]) -> list[str]:
