@@ -14,11 +14,9 @@ import math
 import re
 from typing import Any, NamedTuple
 
-import jax
-
 from moellava_jax import config, trees
 from moellava_jax.data import shapes
-from moellava_jax.model import dispatch, flash, projector, routing
+from moellava_jax.model import dispatch, flash, layers, projector, routing
 from moellava_jax.train import stages
 
 
@@ -139,7 +137,7 @@ class _Decoder:
     self._kernel = (
         model.attention != 'einsum'
         and length >= flash.SHORTEST
-        and jax.default_backend() != 'cpu'
+        and layers.platform() != 'cpu'
     )
     if moe is not None:
       self._residual = sparse * tokens * moe.use_residual * ffn
@@ -147,7 +145,7 @@ class _Decoder:
       gate = moe.num_experts + 2 * moe.use_residual
       self.routers = sparse * 2.0 * tokens * llm.width * gate
       slots, pairs = _slots(moe, section)
-      how = dispatch.resolve(moe.dispatch, jax.default_backend())
+      how = dispatch.resolve(moe.dispatch, layers.platform())
       self._ragged = how == 'ragged'
       if not self._ragged:  # Which leaves no slot empty.
         self.empty = sparse * (slots - tokens * moe.top_k) * ffn
