@@ -129,7 +129,7 @@ def _fake_runners(monkeypatch, fails):
 
 @pytest.mark.parametrize('compiles', [False, True])
 def test_on_a_gpu_ways_run_alone_and_what_does_not_fit_is_said(
-    compiles, monkeypatch
+    compiles, monkeypatch, capsys
 ):
   _as_on_a_gpu(monkeypatch)
   # Before and after each way that fits; the last stays below the first.
@@ -150,6 +150,11 @@ def test_on_a_gpu_ways_run_alone_and_what_does_not_fit_is_said(
   assert len(dense) == len(train_step.MEMORY_HEADER)
   assert dense[5:] == ('2.00', '2.00', '1.00', '1')
   assert index[7] == '-'
+  shown = main.cases('gpu_train', 2, False)[0]
+  main.show([(shown, found), (shown, found)])
+  printed = capsys.readouterr().out
+  assert printed.count('MFU = necessary FLOPs / (seconds x peak)') == 1
+  assert printed.count('matmul TFLOP/s') == 1
 
 
 def test_other_errors_of_a_way_are_not_hidden(monkeypatch):
