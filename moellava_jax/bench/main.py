@@ -174,6 +174,8 @@ def _steps(suite: str, repeats: int, smoke: bool) -> list[Case]:
           functools.partial(_train, case, repeats),
           functools.partial(_step_rows, None if smoke else _SHARES[suite]),
           train_step.HEADER,
+          (train_step.memory_table, train_step.MEMORY_HEADER),
+          train_step.LEGEND,
       )
       for case in steps
   ]

@@ -16,6 +16,9 @@ where necessary are forward, gradients of activations, and gradients of trained
 weights alone: no empty slots, no dispatch, no rematerialisation. The peak is
 the data sheet's if the device is known, and that of a large matrix product,
 measured here. Rows are full, so that no FLOP goes into padding.
+
+Memory is XLA's plan, split by what lies in it; the peak beside it is what the
+device's allocator saw, where it counts.
 """
 
 from collections.abc import Callable
@@ -97,6 +100,21 @@ class Runner:
     self.report = self._step.report()
     self._state, self._frozen, self._batch = self._step.arguments()
 
+  def memory(self) -> dict[str, int]:
+    """Bytes by use; they add up to what XLA plans for."""
+    trained, frozen, optimizer = (
+        sum(x.nbytes for x in jax.tree.leaves(tree))
+        for tree in (self._state.trained, self._frozen, self._state.opt_state)
+    )
+    known = {
+        'weights': trained + frozen,
+        'optimizer': optimizer,
+        'gradients': trained,
+    }
+    # With the batch, and copies of weights that the compiler makes.
+    rest = self.report.total - sum(known.values())
+    return {**known, 'activations': max(rest, 0)}
+
   def __call__(self) -> dict[str, Any]:
     """A step; returns its metrics."""
     self._state, metrics = self._step(self._state, self._frozen, self._batch)
@@ -119,12 +137,16 @@ def run(case: Case, repeats: int, peak: float) -> dict[str, Any]:
   runners: dict[str, Callable[[], Any]] = {}
   times: dict[str, measure.Time] = {}
   for name, cfg in case.configs().items():
+    before = _peak_in_use()
     try:
       runner = Runner(cfg, case.stage)
       found[name] = _entry(case, cfg, runner)
       runners[name] = runner
       if not turns:
         times |= measure.interleaved({name: runner}, repeats)
+        # Of the whole process: a smaller one hides behind those before it.
+        if (peak_bytes := _peak_in_use()) > before:
+          found[name]['peak_bytes_in_use'] = peak_bytes
     except (compiled.DoesNotFit, jax.errors.JaxRuntimeError) as error:
       if 'RESOURCE_EXHAUSTED' not in str(error):
         raise
@@ -152,6 +174,7 @@ def _entry(
       'compile_seconds': report.seconds,
       'memory_bytes': report.total,
       'state_bytes': report.arguments,
+      'memory_split': runner.memory(),
       'flops_necessary': step_flops.model,
       'flops': step_flops.total,
       'waste': {
@@ -165,6 +188,12 @@ def _entry(
   }
 
 
+def _peak_in_use() -> int:
+  """Bytes of the device so far; 0 where nobody counts (the CPU)."""
+  stats = jax.devices()[0].memory_stats()
+  return (stats or {}).get('peak_bytes_in_use', 0)
+
+
 def _paths(cfg: config.TrainConfig, stage: str) -> Any:
   return init.abstract(llava.Llava(cfg.stage_model(stage)))
 
@@ -175,6 +204,7 @@ def _add_time(
   entry = found[name]
   entry['seconds'] = time._asdict()
   entry['tokens_a_second'] = entry['tokens'] / time.median
+  entry['matmul_flops_a_second'] = peak
   entry['mfu_of_measured_peak'] = entry['flops_necessary'] / time.median / peak
   sheet = accelerators.of_device(jax.devices()[0])
   if sheet is not None:
@@ -188,6 +218,15 @@ def _add_time(
 HEADER = (
     *('step', 'way', 'ms', 'speed', 'ceiling', 'share', 'MFU', 'of matmul'),
     *('compile s', 'memory', 'empty slots', 'dispatch', 'again', 'dropped'),
+    'padding',
+)
+# Of the last columns, keys in JSON.
+_WASTE = ('capacity', 'dispatch', 'remat', 'dropped', 'padding')
+LEGEND = (
+    'MFU = necessary FLOPs / (seconds x peak): forward, gradients of'
+    ' activations and of trained weights; no empty slots, dispatch or remat.\n'
+    'Its peak is that of the data sheet; "of matmul" has that of a large matrix'
+    ' product, measured here.'
 )
 
 
@@ -196,7 +235,7 @@ def table(case: str, found: dict[str, Any]) -> list[tuple[str, ...]]:
   rows = []
   for name, entry in found.items():
     if 'error' in entry:
-      rows.append((case, name, entry['error'][:60], *[''] * 11))
+      rows.append((case, name, entry['error'][:60], *[''] * 12))
       continue
     seconds, waste = entry['seconds'], entry['waste']
     spread = (seconds['high'] - seconds['low']) / seconds['median'] / 2
@@ -215,10 +254,33 @@ def table(case: str, found: dict[str, Any]) -> list[tuple[str, ...]]:
             f'{entry["mfu_of_measured_peak"]:.1%}',
             f'{entry["compile_seconds"]:.0f}',
             f'{entry["memory_bytes"] / 2**30:.2f} GiB',
-            *(
-                f'{waste[key]:.1%}'
-                for key in ('capacity', 'dispatch', 'remat', 'dropped')
-            ),
+            *(f'{waste[key]:.1%}' for key in _WASTE),
+        )
+    )
+  return rows
+
+
+MEMORY_HEADER = (
+    *('step: GiB', 'way', 'weights', 'optimizer', 'gradients', 'activations'),
+    *('all (XLA)', 'peak in use', 'matmul TFLOP/s'),
+)
+
+
+def memory_table(case: str, found: dict[str, Any]) -> list[tuple[str, ...]]:
+  """Rows for people, as `MEMORY_HEADER` names their cells."""
+  rows = []
+  for name, entry in found.items():
+    if 'error' in entry:
+      continue
+    split = [*entry['memory_split'].values(), entry['memory_bytes']]
+    peak = entry.get('peak_bytes_in_use')
+    rows.append(
+        (
+            case,
+            name,
+            *(f'{bytes_ / 2**30:.2f}' for bytes_ in split),
+            '-' if peak is None else f'{peak / 2**30:.2f}',
+            f'{entry["matmul_flops_a_second"] / 1e12:.3g}',
         )
     )
   return rows

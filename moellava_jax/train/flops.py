@@ -14,11 +14,9 @@ import math
 import re
 from typing import Any, NamedTuple
 
-import jax
-
 from moellava_jax import config, trees
 from moellava_jax.data import shapes
-from moellava_jax.model import dispatch, projector, routing
+from moellava_jax.model import dispatch, flash, layers, projector, routing
 from moellava_jax.train import stages
 
 
@@ -93,9 +91,7 @@ def of_step(cfg: config.TrainConfig, stage: str, params: Any) -> StepFlops:
   ):
     if forward:
       parts[name] = _product(forward, weight, True)
-  recompute = 0.0
-  if model.remat == 'full':
-    recompute = llm.again(trains_attention)
+  recompute = llm.again()
   if model.llm.vocab_size > model.loss_chunk:
     recompute += llm.head  # See `model.cross_entropy`.
   return StepFlops(
@@ -113,7 +109,8 @@ class _Decoder:
   Attributes:
     projections: of queries, keys, values and outputs.
     scores: of all pairs of positions, and the sums of values.
-    dense, experts, routers: of the FFNs of each kind.
+    dense, routers: of the FFNs and routers.
+    experts: of k slots a token, and of the dense FFN beside them if there is.
     empty: of slots beyond k a token.
     carried: of one of the two products of dispatch.
   """
@@ -134,32 +131,56 @@ class _Decoder:
     sparse = 0 if moe is None else len(moe.layer_ids(llm.depth))
     self.dense = (llm.depth - sparse) * tokens * ffn
     self.experts = self.routers = self.empty = self.carried = 0.0
+    self._residual = 0.0
+    self._ragged = False
+    # Its kernels work on tiles: there are no scores that could be kept.
+    self._kernel = (
+        model.attention != 'einsum'
+        and length >= flash.SHORTEST
+        and layers.platform() != 'cpu'
+    )
     if moe is not None:
-      wanted = tokens * (moe.top_k + moe.use_residual)
-      self.experts = sparse * wanted * ffn
+      self._residual = sparse * tokens * moe.use_residual * ffn
+      self.experts = sparse * tokens * moe.top_k * ffn + self._residual
       gate = moe.num_experts + 2 * moe.use_residual
       self.routers = sparse * 2.0 * tokens * llm.width * gate
       slots, pairs = _slots(moe, section)
-      how = dispatch.resolve(moe.dispatch, jax.default_backend())
-      if how != 'ragged':  # Which leaves no slot empty.
+      how = dispatch.resolve(moe.dispatch, layers.platform())
+      self._ragged = how == 'ragged'
+      if not self._ragged:  # Which leaves no slot empty.
         self.empty = sparse * (slots - tokens * moe.top_k) * ffn
       if how == 'einsum':
         self.carried = sparse * pairs * 2.0 * llm.width
 
-  def again(self, trains_attention: bool) -> float:
-    """What full rematerialisation computes a second time.
+  def again(self) -> float:
+    """What rematerialisation computes a second time.
 
     Not the last product of a layer: no gradient needs its result. In a parallel
-    block that is true of attention as well.
+    block that is true of attention as well. Experts' results count, as the
+    weights of slots have a gradient.
     """
-    again = self.projections + self.scores + self.routers
-    if self._model.llm.parallel_block:
-      again -= self._output
-      if not trains_attention:  # Nor is its input needed, the sum of values.
-        again -= self.scores / 2
-    again += self.dense * (self._products - 1) / self._products
-    # The weights of slots have a gradient, for which experts' results count.
-    return again + self.experts + self.empty + self.carried
+    remat = self._model.remat
+    if remat == 'none':
+      return 0.0
+    again = 0.0
+    if remat != 'dots' or self._kernel:
+      again += self.scores
+    inner = (self._products - 1) / self._products
+    if remat in ('full', 'expert_io'):  # All else keeps these.
+      again += self.projections + self.routers + self.dense * inner
+      if self._model.llm.parallel_block:
+        again -= self._output
+      again += self._residual
+    slots = self.experts - self._residual + self.empty
+    if self._ragged:  # It has no names, and products that policies do not know.
+      again += slots
+    elif remat == 'expert_io':
+      again += slots * inner
+    elif remat != 'dots':
+      again += slots + self.carried
+    if self._residual and remat != 'dots':  # What is mixed with it as well.
+      again += self.carried
+    return again
 
 
 def _product(forward: float, weight: bool, inputs: bool) -> Part:

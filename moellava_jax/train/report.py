@@ -50,7 +50,8 @@ def make(
   sizes = tuple(mesh.shape[axis] for axis in sharding.AXES)
   estimate = memory.of_stage(cfg, stage, sizes)
   runner = program.Program(cfg, stage, memory.abstract_mesh(sizes), 1)
-  operations = flops.of_step(cfg, stage, runner.abstract_params())
+  with topology.use(mesh, target):  # Whose platform decides what 'auto' is.
+    operations = flops.of_step(cfg, stage, runner.abstract_params())
   plan: dict[str, Any] = {
       'stage': stage,
       'devices': math.prod(sizes),
@@ -79,8 +80,18 @@ def make(
   }
   if compiles:
     plan['xla'] = _xla(cfg, stage, target, measures)
+  compiled_for = accelerators.of_device(target.devices[0])
   plan['accelerators'] = [
-      _on(device, cfg, stage, sizes, operations, estimate.total, mfu)
+      _on(
+          device,
+          cfg,
+          stage,
+          sizes,
+          operations,
+          estimate.total,
+          plan.get('xla') if device == compiled_for else None,
+          mfu,
+      )
       for device in chosen
   ]
   return plan
@@ -109,12 +120,21 @@ def _xla(cfg, stage, target, measures: bool) -> dict[str, Any]:
   return about
 
 
-def _on(device, cfg, stage, sizes, operations, total, mfu) -> dict[str, Any]:
+def _on(
+    device, cfg, stage, sizes, operations, total, xla, mfu
+) -> dict[str, Any]:
+  """`xla` is what it says of this kind of device, if it was asked."""
   section = cfg.stage(stage)
   seconds = flops.seconds(operations, math.prod(sizes), device.peak, mfu)
   usable = int(device.memory * accelerators.USABLE)
-  fits = total <= usable
-  switch = None if fits else advice.find(cfg, stage, sizes, usable)
+  fits, room = total <= usable, usable
+  if xla is not None:  # It knows what the estimate guesses.
+    fits = 'error' not in xla and xla['total'] <= usable
+    # What it adds to the estimate it would add to other settings' as well; how
+    # much that is it does not say where it gives up.
+    more = xla.get('total', max(total, usable) + 1) / total
+    room = int(usable / max(more, 1))
+  switch = None if fits else advice.find(cfg, stage, sizes, room)
   return {
       'name': device.name,
       'memory': device.memory,

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a step is compared with, and the shares that are made of its time."""
 
+import gc
 import types
+import weakref
 
+import jax
 import pytest
 
-from moellava_jax.bench import measure, sizes, train_step
+from moellava_jax.bench import main, measure, sizes, train_step
 from moellava_jax.model import llava
 from moellava_jax.train import accelerators, flops, init
 
@@ -53,6 +56,115 @@ def test_shares_are_those_of_the_definition(monkeypatch):
   assert index['ceiling'] == pytest.approx(4 / 5)
   assert index['tokens_a_second'] == pytest.approx(256000)
   assert 'speed' not in found['dense']
+
+
+def _as_on_a_gpu(monkeypatch):
+  monkeypatch.setattr(train_step.jax, 'default_backend', lambda: 'gpu')
+
+
+@pytest.mark.slow
+def test_the_looped_models_of_the_gpu_suite_run(monkeypatch):
+  _as_on_a_gpu(monkeypatch)
+  small = sizes.small(16, 4, 3, 'float32')
+  monkeypatch.setattr(sizes, 'full', lambda name: small)
+  model = main._looped('qwen_1_8b')
+  assert model.scan_layers and model.remat == 'expert_io'
+  case = train_step.Case('small', model, 'moe', 2, 32, ('index',))
+  found = train_step.run(case, 2, 1e12)
+  assert found.keys() == {'dense', 'index'}
+  for entry in found.values():
+    assert entry['seconds']['median'] > 0
+    assert sum(entry['memory_split'].values()) == entry['memory_bytes']
+    assert (
+        entry['memory_split']['optimizer'] > entry['memory_split']['gradients']
+    )
+    assert entry['waste']['remat'] > 0.1
+    assert entry['matmul_flops_a_second'] == 1e12
+    assert 'peak_bytes_in_use' not in entry  # A CPU does not count.
+  assert 0 < found['index']['ceiling'] < 1
+
+
+class _Card:
+  """A GPU whose peak of bytes grows as given, call by call."""
+
+  device_kind = 'NVIDIA H200'
+
+  def __init__(self, *peaks):
+    self._peaks = list(peaks)
+
+  def memory_stats(self):
+    return {'peak_bytes_in_use': self._peaks.pop(0)}
+
+
+def _fake_runners(monkeypatch, fails):
+  """`Runner` without a model; one at a time.
+
+  Way number `fails[0]` has too little memory, to compile or else to run.
+  """
+  alive = weakref.WeakSet()
+  made = []
+
+  class Runner:
+    report = types.SimpleNamespace(seconds=1.0, total=2**31, arguments=2**30)
+
+    def __init__(self, cfg, stage):
+      gc.collect()
+      assert not alive, 'the state of another way is still there'
+      self._number = len(made)
+      made.append(0)
+      if fails == (self._number, False):
+        raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: compiling')
+      alive.add(self)
+
+    def memory(self):
+      return dict(weights=1, optimizer=2, gradients=1, activations=2**31 - 4)
+
+    def __call__(self):
+      if fails == (self._number, True):
+        raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: running')
+      return {'sums': types.SimpleNamespace(stats=[], tokens=64.0)}
+
+  monkeypatch.setattr(train_step, 'Runner', Runner)
+
+
+@pytest.mark.parametrize('compiles', [False, True])
+def test_on_a_gpu_ways_run_alone_and_what_does_not_fit_is_said(
+    compiles, monkeypatch, capsys
+):
+  _as_on_a_gpu(monkeypatch)
+  # Before and after each way that fits; the last stays below the first.
+  card = _Card(0, 2**30, 2**30, 2**30, 2**30)
+  monkeypatch.setattr(train_step.jax, 'devices', lambda: [card])
+  _fake_runners(monkeypatch, (1, compiles))
+  model = sizes.small(16, 2, 3, 'float32')
+  case = train_step.Case('', model, 'moe', 2, 32, ('einsum_256', 'index'))
+  found = train_step.run(case, 2, 1e12)
+  assert found['einsum_256'].keys() == {'error'}
+  assert found['dense']['peak_bytes_in_use'] == 2**30
+  assert 'peak_bytes_in_use' not in found['index']
+  assert found['index']['speed'] > 0
+  rows = train_step.table('', found)
+  assert {len(row) for row in rows} == {len(train_step.HEADER)}
+  assert rows[1][2].startswith('RESOURCE_EXHAUSTED')
+  dense, index = train_step.memory_table('', found)
+  assert len(dense) == len(train_step.MEMORY_HEADER)
+  assert dense[5:] == ('2.00', '2.00', '1.00', '1')
+  assert index[7] == '-'
+  shown = main.cases('gpu_train', 2, False)[0]
+  main.show([(shown, found), (shown, found)])
+  printed = capsys.readouterr().out
+  assert printed.count('MFU = necessary FLOPs / (seconds x peak)') == 1
+  assert printed.count('matmul TFLOP/s') == 1
+
+
+def test_other_errors_of_a_way_are_not_hidden(monkeypatch):
+  def broken(cfg, stage):
+    raise jax.errors.JaxRuntimeError('INTERNAL: something else')
+
+  monkeypatch.setattr(train_step, 'Runner', broken)
+  case = train_step.Case('', sizes.small(16, 2, 3, 'float32'), 'moe', 2, 32)
+  with pytest.raises(jax.errors.JaxRuntimeError, match='something else'):
+    train_step.run(case, 2, 1e12)
 
 
 @pytest.mark.parametrize(
