@@ -34,6 +34,10 @@ import orbax.checkpoint as ocp
 
 from moellava_jax import config, run_folder, saved_config, trees
 
+_TOO_LARGE = (
+    'It is too large for its devices: split it over more of them, with'
+    ' --mesh=fsdp=N, or in training with --config.mesh.fsdp=N.'
+)
 _DAMAGED = (
     'If its files are damaged, copy them again or take another checkpoint.'
 )
@@ -62,6 +66,8 @@ def _explained(what: str, advice: str) -> Iterator[None]:
     raise
   except Exception as error:
     # Orbax, TensorStore and the file systems below share no base class.
+    if 'RESOURCE_EXHAUSTED' in str(error):
+      advice = _TOO_LARGE
     raise CheckpointError(
         f'{what}: {run_folder.reason(error)}. {advice}'
     ) from error

@@ -122,7 +122,7 @@ def parse_mesh(text: str) -> Mesh:
 
 
 def data_mesh() -> Mesh:
-  """All devices along `data`: what evaluation runs on."""
+  """All devices along `data`: what evaluation runs on unless told otherwise."""
   return _mesh((jax.device_count(), 1, 1, 1), jax.devices())
 
 

@@ -242,3 +242,9 @@ def test_what_is_read_part_by_part_must_all_be_there(tmp_path):
   (path / 'stage.json').write_text(json.dumps(about))
   with pytest.raises(checkpoint.CheckpointError, match='has no array b'):
     read()
+
+
+def test_what_does_not_fit_the_devices_is_not_called_damaged():
+  with pytest.raises(checkpoint.CheckpointError, match='DIR.*--mesh=fsdp=N'):
+    with checkpoint._explained('DIR cannot be read', checkpoint._DAMAGED):
+      raise RuntimeError('RESOURCE_EXHAUSTED: out of memory')

@@ -10,6 +10,7 @@ with an error is in `ending`.
 """
 
 from collections.abc import Callable
+import contextlib
 import hashlib
 import itertools
 import json
@@ -68,8 +69,8 @@ def start(
       counts as dead, and all others are aborted (SIGABRT).
 
   Raises:
-    config.UserError: only some of the three flags, or a cluster in which JAX
-      cannot find its place.
+    config.UserError: only some of the three flags, unless `num_processes` is 1,
+      or a cluster in which JAX cannot find its place.
   """
   flags = {
       '--coordinator_address': coordinator_address,
@@ -100,7 +101,7 @@ def start(
         heartbeat_timeout_seconds=heartbeat_timeout_s,
         shutdown_timeout_seconds=_SHUTDOWN_S,
     )
-  except (ValueError, RuntimeError) as error:
+  except Exception as error:  # The package kubernetes has its own.
     if missing and 'coordinator_address should be defined' in str(error):
       _check_not_lost()
       return
@@ -137,9 +138,9 @@ def _check_not_lost() -> None:
     raise config.UserError(
         f'This is pod {index} of a Kubernetes job, but JAX does not find the'
         ' others. On TPUs, install the extra `tpu`; elsewhere the package'
-        ' kubernetes (pip install kubernetes), or give --coordinator_address,'
-        ' --num_processes and --process_id; to a pod that is alone,'
-        ' --num_processes=1.'
+        ' kubernetes (pip install kubernetes, and a service account that may'
+        ' read pods and jobs), or give --coordinator_address, --num_processes'
+        ' and --process_id; to a pod that is alone, --num_processes=1.'
     )
 
 
@@ -184,7 +185,8 @@ def process() -> int:
 def say(text: str) -> None:
   """Prints a line for the whole run."""
   if is_first():
-    print(text, flush=True)
+    with contextlib.suppress(OSError):  # The log may be on a full disk.
+      print(text, flush=True)
 
 
 def name(number: int) -> str:

@@ -66,7 +66,8 @@ def fail(error: Exception, code: int = 1) -> NoReturn:
   if cluster.alone():
     if not expected:
       raise error
-    print(f'error: {error}', file=sys.stderr, flush=True)
+    with _said():
+      print(f'error: {error}', file=sys.stderr, flush=True)
     sys.exit(code)
   with _lock:  # Whoever has it ends the process; this may be a consequence.
     with _said():

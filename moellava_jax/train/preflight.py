@@ -161,7 +161,7 @@ def _files(root: str) -> str:
   mine = folder / f'.preflight-{token}-{cluster.process()}'
 
   def write():
-    _refuse_restart_without(folder)
+    _note_if_gone(folder)
     content = os.urandom(_BYTES)
     try:
       folder.mkdir(parents=True, exist_ok=True)
@@ -214,15 +214,15 @@ def _files(root: str) -> str:
   return '' if free is None else f', {free / 1e9:,.1f} GB free'
 
 
-def _refuse_restart_without(folder: epath.Path) -> None:
-  """Raises UserError if the folder was made by an earlier start and is gone.
+def _note_if_gone(folder: epath.Path) -> None:
+  """Says that a requeued job begins anew: its file system may not be mounted.
 
-  What is made where its file system should be would begin at the first step.
+  No error, because a job may be requeued before it has made its folder.
   """
   restarts = os.environ.get('SLURM_RESTART_COUNT', '0')
   if restarts != '0' and run_folder.is_gone(folder):
-    raise config.UserError(
-        f'The run folder {folder} is not there, though this job has been'
-        f' requeued (SLURM_RESTART_COUNT={restarts}). Is its file system mounted?'
-        ' If the run had never begun, submit the job again.'
+    cluster.say(
+        f'note: the run folder {folder} is not there, though this job has been'
+        f' requeued (SLURM_RESTART_COUNT={restarts}): the run begins at its'
+        ' first step. If it had begun before, is its file system mounted?'
     )

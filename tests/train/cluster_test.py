@@ -19,7 +19,7 @@ import pytest
 
 import moellava_jax
 from moellava_jax import checkpoint, config, sharding
-from moellava_jax.train import cluster, preflight
+from moellava_jax.train import cluster, ending, preflight
 from tests import tiny
 
 _ROOT = pathlib.Path(__file__).parents[2]
@@ -260,6 +260,22 @@ def test_a_save_that_fails_in_one_process_ends_the_others(tmp_path):
   assert 'too large' in found[0][1], found
 
 
+def test_a_full_log_disk_does_not_change_how_a_process_ends(monkeypatch):
+  class Full:
+
+    def write(self, _):
+      raise OSError('No space left on device')
+
+    flush = write
+
+  monkeypatch.setattr(sys, 'stdout', Full())
+  monkeypatch.setattr(sys, 'stderr', Full())
+  cluster.say('a line')
+  with pytest.raises(SystemExit) as ended:
+    ending.fail(config.UserError('the reason'))
+  assert ended.value.code == 1
+
+
 def test_the_failure_of_one_process_ends_the_others():
   # Process 0 waits, as it would in a step.
   (code0, zero), (code1, one) = _run(
@@ -380,7 +396,7 @@ class _Metadata(http.server.BaseHTTPRequestHandler):
 def test_the_workers_of_a_tpu_slice_find_each_other():
   port = _address().split(':')[1]
   # JAX sets it where there is no chip.
-  script = "    del os.environ['TPU_SKIP_MDS_QUERY']" + _FIND
+  script = "    os.environ.pop('TPU_SKIP_MDS_QUERY', None)" + _FIND
   with http.server.ThreadingHTTPServer(('127.0.0.1', 0), _Metadata) as server:
     threading.Thread(target=server.serve_forever, daemon=True).start()
     env = [
@@ -432,16 +448,17 @@ def test_preflight_of_a_process_alone(tmp_path, capsys):
   assert '8 x cpu in 1 process' in said and 'GB free' in said
 
 
-def test_a_requeued_job_whose_run_folder_has_gone_is_refused(
-    tmp_path, monkeypatch
+def test_a_requeued_job_whose_run_folder_has_gone_says_so(
+    tmp_path, monkeypatch, capsys
 ):
   run = tmp_path / 'unmounted' / 'run'
+  preflight.check(tiny.train_config(tmp_path / 'other'))
+  assert 'is not there' not in capsys.readouterr().out
   monkeypatch.setenv('SLURM_RESTART_COUNT', '2')
-  with pytest.raises(config.UserError, match=f'{run} is not there.*mounted'):
-    preflight.check(tiny.train_config(run))
-  assert not run.parent.exists()
-  run.mkdir(parents=True)
   preflight.check(tiny.train_config(run))
+  assert f'{run} is not there' in capsys.readouterr().out
+  preflight.check(tiny.train_config(run))
+  assert 'is not there' not in capsys.readouterr().out
 
 
 def test_preflight_refuses_a_folder_that_cannot_be_written(tmp_path):
@@ -490,19 +507,22 @@ def test_preflight_refuses_a_sum_that_is_wrong_fails_or_hangs(monkeypatch):
   def fail(_):
     raise RuntimeError('no route to host')
 
-  def hang(x):
+  def hang(_):
     back.wait()
-    return x[0]
+    raise RuntimeError('nobody waits any more')
 
-  monkeypatch.setattr(preflight, '_SUM_S', 1)
-  for wrong, reason in (
-      (lambda x: x.max(), 'gave 8 for 36'),
-      (fail, 'failed: no route to host'),
-      (hang, 'failed: no result after 1 s'),
-  ):
-    monkeypatch.setattr(preflight.jnp, 'sum', wrong)
-    with pytest.raises(
-        config.UserError, match=f'sum over all 8 devices {reason}.*firewall'
+  try:
+    for wrong, reason in (
+        (lambda x: x.max(), 'gave 8 for 36'),
+        (fail, 'failed: no route to host'),
+        (hang, 'failed: no result after 1 s'),
     ):
-      preflight._sum(mesh)
-  back.set()
+      if wrong is hang:
+        monkeypatch.setattr(preflight, '_SUM_S', 1)
+      monkeypatch.setattr(preflight.jnp, 'sum', wrong)
+      with pytest.raises(
+          config.UserError, match=f'sum over all 8 devices {reason}.*firewall'
+      ):
+        preflight._sum(mesh)
+  finally:
+    back.set()
