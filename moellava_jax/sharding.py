@@ -95,25 +95,35 @@ def make_mesh(cfg: config.MeshConfig, given: Any = None) -> Mesh:
   return _mesh(devices.sizes(cfg, len(given)), given)
 
 
-def parse_mesh(text: str) -> Mesh:
-  """The mesh that a flag names: 'fsdp=2,expert=2'; `data` is the rest.
+def mesh_sizes(text: str) -> dict[str, int]:
+  """The sizes of axes that a flag names: 'fsdp=2,expert=2'.
 
   Raises:
-    UserError: not sizes of axes, or what `make_mesh` raises.
+    UserError: it names something else.
   """
   sizes: dict[str, int] = {}
   for part in text.split(','):
     axis, _, size = (word.strip() for word in part.partition('='))
-    if axis not in AXES or axis in sizes or not re.fullmatch(r'-?\d+', size):
+    if axis not in AXES or axis in sizes or not re.fullmatch(r'\d+', size):
       raise config.UserError(
           f'--mesh={text}: {part!r} is not understood. Give sizes of'
           f' {", ".join(AXES)}, each once, as in --mesh=fsdp=2,expert=2; data'
           ' takes the devices that are left.'
       )
     sizes[axis] = int(size)
+  return sizes
+
+
+def parse_mesh(text: str) -> Mesh:
+  """The mesh with `mesh_sizes`; `data` is the rest.
+
+  Raises:
+    UserError: what `mesh_sizes` and `make_mesh` raise.
+  """
+  others = {'data': -1, 'fsdp': None, 'expert': None, 'tensor': 1}
   return make_mesh(
       config.MeshConfig(
-          **{'data': -1, 'fsdp': None, 'expert': None, 'tensor': 1, **sizes},
+          **{**others, **mesh_sizes(text)},
           cpu_devices=1,
           print_table=False,
           optimizer_memory='device',

@@ -245,6 +245,8 @@ def test_what_is_read_part_by_part_must_all_be_there(tmp_path):
 
 
 def test_what_does_not_fit_the_devices_is_not_called_damaged():
-  with pytest.raises(checkpoint.CheckpointError, match='DIR.*--mesh=fsdp=N'):
-    with checkpoint._explained('DIR cannot be read', checkpoint._DAMAGED):
-      raise RuntimeError('RESOURCE_EXHAUSTED: out of memory')
+  with (
+      pytest.raises(checkpoint.CheckpointError, match='DIR.*--mesh=fsdp=N'),
+      checkpoint._explained('DIR cannot be read', checkpoint._DAMAGED),
+  ):
+    raise RuntimeError('RESOURCE_EXHAUSTED: out of memory')

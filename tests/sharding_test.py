@@ -50,7 +50,14 @@ def test_a_flag_names_a_mesh():
   }
   with pytest.raises(config.UserError, match='needs 6 devices, .* there are 8'):
     sharding.parse_mesh('fsdp=3')
-  for text in ('', 'fsdp', 'experts=2', 'fsdp=2,fsdp=2', 'tensor=two'):
+  for text in (
+      '',
+      'fsdp',
+      'experts=2',
+      'fsdp=2,fsdp=2',
+      'tensor=two',
+      'fsdp=-1',
+  ):
     with pytest.raises(config.UserError, match='as in --mesh=fsdp=2,expert=2'):
       sharding.parse_mesh(text)
 

@@ -36,6 +36,7 @@ class Options:
   traces: Sequence[str]
   run: str | None
   cpu_devices: int
+  mesh: str | None
   out: str
 
 
@@ -63,6 +64,11 @@ def define_flags() -> None:
   )
   flags.DEFINE_integer(
       'cpu_devices', 1, 'Devices to simulate where there is only a CPU.'
+  )
+  flags.DEFINE_string(
+      'mesh',
+      None,
+      'Split the parameters: fsdp=2,expert=2; unset: all on every device.',
   )
   flags.DEFINE_string('out', None, 'Directory to write.', required=True)
 
@@ -148,7 +154,7 @@ def _measured(options: Options) -> tuple[Any, dict[str, Any]]:
         ' answers run `python -m moellava_jax.evals.main --routing_trace` and'
         ' give what it records as --traces.'
     )
-  chat = chat_lib.load(model, options.cpu_devices)
+  chat = chat_lib.load(model, options.cpu_devices, options.mesh, as_stored=True)
   counts, found = routing.measure(chat, rows, options.images)
   return counts, {'source': os.path.abspath(questions), **found}
 
@@ -171,7 +177,9 @@ def _recorded(options: Options) -> tuple[Any, dict[str, Any]]:
     )
     # What the config says is known at once; the weights have to be read.
     recorded.check(options.traces[0], about, expected, options.model)
-    digest = chat_lib.load(options.model, options.cpu_devices).digest
+    digest = chat_lib.load(
+        options.model, options.cpu_devices, options.mesh
+    ).digest
     expected = expected._replace(digest=digest)
     recorded.check(options.traces[0], about, expected, options.model)
   return recorded.count(options.traces), {

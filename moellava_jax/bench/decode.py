@@ -29,7 +29,7 @@ from moellava_jax.train import accelerators, init
 
 NEW = 64  # Tokens a row.
 PROMPT = 48  # Positions.
-# At least this share of the bound, by batch size, on a GPU.
+# At least this share of the bound, by batch size; of GPUs, where it is known.
 GOALS = {1: 0.70, 32: 0.60}
 HEADER = (
     *('case', 'batch', 'ms a step', 'tokens/s', 'x batch 1', 'steps x'),
@@ -44,6 +44,14 @@ class Case(NamedTuple):
   model: config.ModelConfig
 
 
+def as_answered(model: llava.Llava, mesh: jax.sharding.Mesh) -> Any:
+  """Random parameters as `chat.load` has them.
+
+  By one program, so that none of what is rounded lies in fp32.
+  """
+  return jax.jit(lambda: llava.rounded(init.fresh(model, 0, mesh), model.cfg))()
+
+
 def run(case: Case, batches: tuple[int, ...], repeats: int) -> dict[str, Any]:
   """By batch size: seconds a step, tokens a second, times those of 1, bound.
 
@@ -56,10 +64,7 @@ def run(case: Case, batches: tuple[int, ...], repeats: int) -> dict[str, Any]:
   mesh = sharding.data_mesh()
   model = llava.Llava(case.model)
   with sharding.use(mesh):
-    # As `chat.load` has them; in one program, so that none lies in fp32.
-    params = jax.jit(
-        lambda: llava.rounded(init.fresh(model, 0, mesh), case.model)
-    )()
+    params = as_answered(model, mesh)
   rng = np.random.default_rng(0)
   image_HWC = (case.model.vision.image_size,) * 2 + (3,)
   prompt = generate.Prompt(

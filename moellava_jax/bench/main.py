@@ -95,7 +95,7 @@ def _layers(
     layers = [
         moe_layer.Case(s.width, s.mlp_width, s.mlp, experts, tokens, 'bfloat16')
         for name in sizes.FULL
-        # 8 cases in all, as there are 9 minutes.
+        # Of one model, to keep the suite short.
         for experts in ((4, 8) if name == sizes.FULL[0] else (4,))
         for tokens in (4096, 16384)
         for s in (backbones.LMS[name],)

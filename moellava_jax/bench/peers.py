@@ -5,10 +5,10 @@ What is compared: one sparse layer; the whole training step of stage II (dense)
 and of stage III (sparse); greedy answers about an image. `torch_models` says
 what the peers are and where they are not quite the same.
 
-A peer runs at its best: each of its settings is tried first (`peer_picks`), and the
-fastest one takes turns with our programs. All settings are kept and shown, those
-that were skipped with the reason. Only one program runs at a time, ours on two devices of the CPU, as in training, or
-on one for layers and answers.
+A peer runs at its best: each of its settings is tried first (`peer_picks`), and
+the fastest one takes turns with our programs. All settings are kept and shown,
+those that were skipped with the reason. Only one program runs at a time, ours on
+two devices of the CPU, as in training, or on one for layers and answers.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,6 +22,7 @@ import numpy as np
 
 from moellava_jax import config, sharding
 from moellava_jax.bench import (
+    decode,
     measure,
     moe_layer,
     peer_cases,
@@ -31,7 +32,6 @@ from moellava_jax.bench import (
 )
 from moellava_jax.infer import generate, sampling
 from moellava_jax.model import llava
-from moellava_jax.train import init
 
 DISPATCHES = ('einsum_256', 'index', 'ragged')
 
@@ -159,9 +159,7 @@ def _answers(case: peer_cases.Case) -> dict[str, Callable[[], Any]]:
   mesh = peer_ours.mesh_of(1)
   model = llava.Llava(case.model)
   with sharding.use(mesh):
-    params = jax.jit(
-        lambda: llava.rounded(init.fresh(model, 0, mesh), case.model)
-    )()
+    params = decode.as_answered(model, mesh)
   tokens_BT = peer_ours.tokens(case.model, case.rows, case.length)
   images_BIHWC = peer_ours.images(case.model, case.rows)
   prompts = [

@@ -158,7 +158,9 @@ def _is_circular(questions: Sequence[base.Question], name: str) -> bool:
       i: q for i, rows in rolls.items() for q in rows if q.question_id == i
   }
   if lonely := [i for i in rolls if i not in mains]:
-    raise base.EvalError(f'{name}: moved rows without the question: {lonely}.')
+    raise base.EvalError(
+        f'{name}: moved rows without the question: {base.listed(lonely)}.'
+    )
   lacking = [
       i for i, rows in rolls.items() if len(rows) < len(_shown(mains[i].extra))
   ]

@@ -96,6 +96,7 @@ def _check_scores_only(options: Options) -> None:
       '--shard': options.shard is not None,
       '--routing_trace': options.routing_trace,
       '--image_aspect': options.image_aspect is not None,
+      '--mesh': options.mesh is not None,
   }
   if wrong := [flag for flag, is_set in given.items() if is_set]:
     raise base.EvalError(
@@ -139,6 +140,10 @@ def _check_generation(
   if options.out is None:
     raise base.EvalError('Give --out=DIR for the answers and scores.json.')
   parts.parse(options.shard)
+  if options.mesh is not None:
+    from moellava_jax import sharding  # Imports JAX.
+
+    sharding.mesh_sizes(options.mesh)
   for control in options.control:
     controls.check(control)
   if options.batch_size < 1:
@@ -329,9 +334,9 @@ def _report(
 
 
 def _digest(answers: benchmarks.Answers) -> str:
-  """Tells answers apart; the same for a file of ours and of the original."""
+  """Tells answers apart, whatever their order."""
   texts = sorted(
-      sorted((str(a.question_id), a.text) for a in group)
+      sorted((str(a.question_id), a.prompt, a.text) for a in group)
       for group in answers.values()
   )
   return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]

@@ -317,6 +317,8 @@ def load(
     path: str,
     cpu_devices: int = 1,
     mesh: jax.sharding.Mesh | str | None = None,
+    *,
+    as_stored: bool = False,
 ) -> Chat:
   """Loads a RUN, STAGE, STEP or final directory.
 
@@ -332,6 +334,7 @@ def load(
       `sharding.make_mesh` makes for a model that is larger than a device; or
       its sizes, such as 'fsdp=2,expert=2'. None: all devices, each with all
       parameters.
+    as_stored: keeps the dtypes of the checkpoint, for who reads the kernels.
 
   Raises:
     CheckpointError: nothing to load there.
@@ -348,6 +351,8 @@ def load(
 
   def keep(path: str, x: jax.Array) -> jax.Array:
     stored[path] = checkpoint.checksum(x)
+    if as_stored:
+      return x
     return x.astype(llava.stored_dtype(path, model.cfg, x.dtype))
 
   with sharding.use(mesh):

@@ -32,7 +32,8 @@ def _write(
     old_BKSd: jax.Array, new_BTKd: jax.Array, positions_BT: jax.Array
 ) -> jax.Array:
   new_BTKd = new_BTKd.astype(old_BKSd.dtype)
-  if old_BKSd.ndim == 3:
+  if old_BKSd.ndim == 3:  # At consecutive positions.
+    assert len(new_BTKd) == 1, new_BTKd.shape
     new_KTd = new_BTKd[0].transpose(1, 0, 2)
     where = (0, positions_BT[0, 0], 0)
     return jax.lax.dynamic_update_slice(old_BKSd, new_KTd, where)

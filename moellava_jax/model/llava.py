@@ -51,8 +51,8 @@ def stored_dtype(
 
   Kernels are rounded by the product that they enter (`layers.product`), so
   that they may as well lie rounded: half the bytes to hold and to read, the
-  same result. The router's are multiplied in fp32, as are embeddings, norms and
-  biases added.
+  same products. The router's are multiplied in fp32; embeddings, norms and
+  biases are read in fp32, and a tied head is rounded only there.
   """
   given = jnp.dtype(given)
   if not path.endswith('kernel') or '/router/' in path:

@@ -3,8 +3,8 @@
 
 On TPUs by grouped products (`jax.lax.ragged_dot`). Elsewhere XLA has none: on
 CPUs and, in jaxlib 0.10.2, on NVIDIA GPUs its form multiplies all rows with all
-experts and masks the result (newer ones have cuDNN's forward, and the same for
-gradients of weights). So there the run of each expert is padded to blocks of
+experts and masks the result (newer ones still do for gradients of weights). So
+there the run of each expert is padded to blocks of
 rows, and loops go over experts and their blocks: as many as there are, so that
 only what rounding up adds is wasted.
 
@@ -28,7 +28,7 @@ from moellava_jax.model import routing as routing_lib
 _BLOCK = 128  # Rows, at least; products of twice as many are a little faster.
 # As many of these: a GPU waits for its host in every round of a loop whose
 # length it does not know, some 20 us, and multiplies 512 rows with an expert of
-# full size in 45 to 70 us. By arithmetic, not measured.
+# full size in 45 to 70 us: estimates, not measured.
 _BLOCKS_OF_GPU = 4
 
 

@@ -228,6 +228,7 @@ def _options(**flags):
       traces=[],
       run=None,
       cpu_devices=1,
+      mesh=None,
   )
   return main.Options(**{**defaults, **flags})
 
@@ -237,7 +238,11 @@ def test_command_writes_page_figures_and_tables(model, asked, tmp_path, capsys):
   path = str(folder / 'questions.jsonl')
   main.run(
       _options(
-          model=model, questions=path, images=str(folder), out=str(tmp_path)
+          model=model,
+          questions=path,
+          images=str(folder),
+          mesh='fsdp=2,expert=2',
+          out=str(tmp_path),
       )
   )
   names = {file.name for file in tmp_path.iterdir()}

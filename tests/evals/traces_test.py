@@ -141,7 +141,7 @@ def test_a_dense_model_has_no_trace(chats, options):
 
 
 def test_scoring_alone_refuses_flags_of_generation(options):
-  for flags in ({'routing_trace': True}, {'shard': '0/2'}):
+  for flags in ({'routing_trace': True}, {'shard': '0/2'}, {'mesh': 'fsdp=2'}):
     with pytest.raises(base.EvalError, match='goes with --model'):
       run.evaluate(options(model=[], answers=['a.jsonl'], **flags))
 

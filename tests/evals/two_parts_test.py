@@ -40,7 +40,10 @@ def test_two_processes_answer_as_one(
     )
 
   def ended(process):
-    said, _ = process.communicate(timeout=300)
+    try:
+      said, _ = process.communicate(timeout=600)
+    finally:
+      process.kill()
     assert process.returncode == 0, said
 
   # One whose devices share the model, which changes nothing either.

@@ -345,3 +345,5 @@ def test_kernels_are_held_as_products_take_them(
       for params in (whole, jax.device_put(chat.params, jax.devices()[0]))
   ]
   np.testing.assert_array_equal(*logits)
+  stored = trees.flatten(chat_lib.load(str(path), as_stored=True).params)
+  assert {x.dtype.name for x in stored.values()} == {'float32'}

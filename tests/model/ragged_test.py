@@ -11,13 +11,11 @@ import numpy as np
 from moellava_jax.model import experts, layers, ragged, routing
 
 E, D, F, TOKENS, K = 4, 8, 16, 64, 2
-
-
 FAST: Any = {'xla_backend_optimization_level': 0}
 
 
-def _layer(seed=0):
-  rng = np.random.default_rng(seed)
+def _layer():
+  rng = np.random.default_rng(0)
 
   def linear(*shape):
     kernel_EDF, bias_EF = rng.normal(size=shape), rng.normal(size=shape[::2])
@@ -52,7 +50,7 @@ def _backward(*layer):
 
 
 def _products(jaxpr):
-  """(rows, columns, terms of a sum, products at once) of all in a program."""
+  """(size of the result, terms of a sum, products at once) of all of them."""
   found = []
   for eqn in jaxpr.eqns:
     assert 'ragged' not in eqn.primitive.name

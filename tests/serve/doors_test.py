@@ -48,9 +48,11 @@ def _in_api(process, path, text):
 
 
 def _in_page(process, path, text):
-  url = process.stdout.readline().split()[-1].rstrip('/')
+  line = process.stdout.readline()
+  assert line, process.communicate()[1]
+  url = line.split()[-1].rstrip('/')
   session = uuid.uuid4().hex
-  with httpx.Client(base_url=url, timeout=180) as http:
+  with httpx.Client(base_url=url, timeout=600) as http:
     (there,) = serving.upload(http, 'a.png', path.read_bytes()).json()
     file = {'path': there, 'meta': {'_type': 'gradio.FileData'}}
     box = {'text': text, 'files': [file]}
@@ -84,7 +86,7 @@ def test_a_run_answers_alike_through_all_doors(capsys):
         )
     )
     answers = {
-        'terminal': terminal.communicate(timeout=180)[0].removesuffix('\n'),
+        'terminal': terminal.communicate(timeout=600)[0].removesuffix('\n'),
         'API': _in_api(api, path, text),
         'page': _in_page(page, pathlib.Path(path), text),
     }

@@ -163,7 +163,9 @@ def started(name: str, *flags: str, **env: str):
 def address(process: subprocess.Popen[str]) -> str:
   """Where `api` listens, once it is ready."""
   assert process.stdout is not None
-  url = process.stdout.readline().split()[1].removesuffix('/v1,')
+  line = process.stdout.readline()
+  assert line, process.communicate()[1]
+  url = line.split()[1].removesuffix('/v1,')
 
   def healthy() -> bool:
     try:
@@ -171,7 +173,7 @@ def address(process: subprocess.Popen[str]) -> str:
     except OSError:  # The address is said before anybody listens.
       return False
 
-  until(healthy, 180)
+  until(healthy, 600)
   return url
 
 
