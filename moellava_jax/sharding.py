@@ -95,11 +95,11 @@ def make_mesh(cfg: config.MeshConfig, given: Any = None) -> Mesh:
   return _mesh(devices.sizes(cfg, len(given)), given)
 
 
-def mesh_sizes(text: str) -> dict[str, int]:
-  """The sizes of axes that a flag names: 'fsdp=2,expert=2'.
+def parse_mesh(text: str) -> Mesh:
+  """The mesh that a flag names: 'fsdp=2,expert=2'; `data` is the rest.
 
   Raises:
-    UserError: it names something else.
+    UserError: not sizes of axes, or what `make_mesh` raises.
   """
   sizes: dict[str, int] = {}
   for part in text.split(','):
@@ -111,19 +111,9 @@ def mesh_sizes(text: str) -> dict[str, int]:
           ' takes the devices that are left.'
       )
     sizes[axis] = int(size)
-  return sizes
-
-
-def parse_mesh(text: str) -> Mesh:
-  """The mesh with `mesh_sizes`; `data` is the rest.
-
-  Raises:
-    UserError: what `mesh_sizes` and `make_mesh` raise.
-  """
-  others = {'data': -1, 'fsdp': None, 'expert': None, 'tensor': 1}
   return make_mesh(
       config.MeshConfig(
-          **{**others, **mesh_sizes(text)},
+          **{'data': -1, 'fsdp': None, 'expert': None, 'tensor': 1, **sizes},
           cpu_devices=1,
           print_table=False,
           optimizer_memory='device',

@@ -140,10 +140,6 @@ def _check_generation(
   if options.out is None:
     raise base.EvalError('Give --out=DIR for the answers and scores.json.')
   parts.parse(options.shard)
-  if options.mesh is not None:
-    from moellava_jax import sharding  # Imports JAX.
-
-    sharding.mesh_sizes(options.mesh)
   for control in options.control:
     controls.check(control)
   if options.batch_size < 1:

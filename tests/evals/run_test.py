@@ -14,7 +14,6 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from moellava_jax import config
 from moellava_jax.evals import ask, base, parts, prompts, run
 from tests.evals import tables
 
@@ -475,16 +474,6 @@ def test_the_command_grades_with_a_judge_and_draws_the_paper(
   missing = _command('--benchmark=paper', f'--scores={tmp_path}/gone')
   assert missing.returncode == 1
   assert missing.stderr.startswith('error: --scores=')
-
-
-def test_a_mesh_that_is_no_mesh_is_refused_at_once(
-    chats, options, questions, images, write_jsonl
-):
-  path = write_jsonl('pope.jsonl', questions)
-  asked = options(questions=path, images=images, mesh='experts=2')
-  chats(asked.model[0])
-  with pytest.raises(config.UserError, match='--mesh=experts=2: .*not underst'):
-    run.evaluate(asked)
 
 
 def test_answers_swapped_between_questions_of_an_image_are_others():
