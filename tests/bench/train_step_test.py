@@ -63,6 +63,7 @@ def _as_on_a_gpu(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.large
 def test_the_looped_models_of_the_gpu_suite_run(monkeypatch):
   _as_on_a_gpu(monkeypatch)
   small = sizes.small(16, 4, 3, 'float32')
