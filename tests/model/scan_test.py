@@ -163,7 +163,13 @@ def test_a_cache_needs_single_layers():
 
 @pytest.mark.parametrize(
     'stacked, policies',
-    [(True, _POLICIES), (False, ('none', 'expert_io'))],
+    [
+        pytest.param(
+            True, _POLICIES, marks=(pytest.mark.slow, pytest.mark.large)
+        ),
+        (True, ('none', 'dots')),
+        (False, ('none', 'expert_io')),
+    ],
 )
 def test_gradients_do_not_depend_on_what_is_computed_again(stacked, policies):
   results = {}
@@ -180,6 +186,8 @@ def test_gradients_do_not_depend_on_what_is_computed_again(stacked, policies):
     _assert_close(others, grads)
 
 
+@pytest.mark.slow
+@pytest.mark.large
 def test_what_is_kept_decides_the_memory():
   """Nothing < expert inputs; nothing < products with weights < products < all."""
   temporary = {}

@@ -338,6 +338,8 @@ def test_batches_that_do_not_divide_are_refused(tmp_path):
     loop.run(cfg)
 
 
+@pytest.mark.slow
+@pytest.mark.large
 def test_own_data_through_the_same_config(tmp_path):
   """Photographs that ship with scikit-image, of unlike sizes and modes."""
   import skimage.data

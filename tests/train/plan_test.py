@@ -267,6 +267,7 @@ def _run(*arguments, **more):
 
 
 @pytest.mark.slow
+@pytest.mark.large
 def test_a_plan_orders_the_step_for_memory(tmp_path):
   """As accelerators do; XLA for the CPU by itself orders it for its cores."""
 
