@@ -15,6 +15,7 @@ k a row count, at most all: those a batch may have chosen. The cache counts as
 far as it is filled. Nothing is known of the bandwidth of a CPU.
 """
 
+from collections.abc import Sequence
 import time
 from typing import Any, NamedTuple
 
@@ -52,6 +53,31 @@ def as_answered(model: llava.Llava, mesh: jax.sharding.Mesh) -> Any:
   return jax.jit(lambda: llava.rounded(init.fresh(model, 0, mesh), model.cfg))()
 
 
+def answer(
+    model: llava.Llava,
+    params: Any,
+    prompts: Sequence[generate.Prompt],
+    new: int,
+    most: int,
+    mesh: jax.sharding.Mesh,
+) -> np.ndarray:
+  """`new` greedy tokens of each prompt, in a cache that has room for `most`."""
+  rows = len(prompts)
+  batch = generate.Batch(
+      model,
+      params,
+      prompts,
+      [sampling.Options()] * rows,
+      max_new_tokens=most,
+      ends=(),
+      rows=rows,
+      mesh=mesh,
+  )
+  while batch.count < new:
+    batch.advance(new - batch.count, np.zeros(rows, bool))
+  return batch.tokens()
+
+
 def run(case: Case, batches: tuple[int, ...], repeats: int) -> dict[str, Any]:
   """By batch size: seconds a step, tokens a second, times those of 1, bound.
 
@@ -72,26 +98,11 @@ def run(case: Case, batches: tuple[int, ...], repeats: int) -> dict[str, Any]:
       np.zeros((0, *image_HWC), np.uint8),
   )
 
-  def answer(rows: int, new: int):
-    batch = generate.Batch(
-        model,
-        params,
-        [prompt] * rows,
-        [sampling.Options()] * rows,
-        max_new_tokens=NEW,
-        ends=(),
-        rows=rows,
-        mesh=mesh,
-    )
-    while batch.count < new:
-      batch.advance(new - batch.count, np.zeros(rows, bool))
-    return batch.tokens()
-
   first: dict[int, float] = {}
 
   def timed(rows: int, new: int):
     began = time.perf_counter()
-    tokens = answer(rows, new)
+    tokens = answer(model, params, [prompt] * rows, new, NEW, mesh)
     first.setdefault(rows, time.perf_counter() - began)
     return tokens
 

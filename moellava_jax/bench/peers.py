@@ -30,7 +30,7 @@ from moellava_jax.bench import (
     peer_picks,
     torch_process,
 )
-from moellava_jax.infer import generate, sampling
+from moellava_jax.infer import generate
 from moellava_jax.model import llava
 
 DISPATCHES = ('einsum_256', 'index', 'ragged')
@@ -167,19 +167,7 @@ def _answers(case: peer_cases.Case) -> dict[str, Callable[[], Any]]:
   ]
 
   def answer(new: int) -> np.ndarray:
-    batch = generate.Batch(
-        model,
-        params,
-        prompts,
-        [sampling.Options()] * case.rows,
-        max_new_tokens=case.new,
-        ends=(),
-        rows=case.rows,
-        mesh=mesh,
-    )
-    while batch.count < new:
-      batch.advance(new - batch.count, np.zeros(case.rows, bool))
-    return batch.tokens()
+    return decode.answer(model, params, prompts, new, case.new, mesh)
 
   return {'prefill': lambda: answer(1), 'answer': lambda: answer(case.new)}
 

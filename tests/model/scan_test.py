@@ -163,13 +163,7 @@ def test_a_cache_needs_single_layers():
 
 @pytest.mark.parametrize(
     'stacked, policies',
-    [
-        pytest.param(
-            True, _POLICIES, marks=(pytest.mark.slow, pytest.mark.large)
-        ),
-        (True, ('none', 'dots')),
-        (False, ('none', 'expert_io')),
-    ],
+    [(True, _POLICIES), (False, ('none', 'expert_io'))],
 )
 def test_gradients_do_not_depend_on_what_is_computed_again(stacked, policies):
   results = {}
