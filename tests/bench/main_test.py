@@ -146,6 +146,35 @@ def test_a_layer_has_the_goals_of_its_size(monkeypatch):
   assert '=' not in moe_layer.table('', found)[-1][5]
 
 
+def test_what_has_a_goal_on_a_cpu_runs_three_times_as_often(monkeypatch):
+  ran = {}
+
+  def noted(case, repeats, *_):
+    ran[case] = repeats
+    return {}
+
+  monkeypatch.setattr(moe_layer, 'run', noted)
+  monkeypatch.setattr(train_step, 'run', noted)
+  monkeypatch.setattr(main, '_peak', lambda dtype: 1.0)
+  for suite in ('cpu', 'gpu_layer'):
+    for case in main.cases(suite, 5, False):
+      if case.name.startswith(('D=', 'train')):
+        case.run()
+  found = {
+      'D=': {(x.dtype, x.experts): n for x, n in ran.items() if 'D=' in x.name},
+      'train': {x.stage: n for x, n in ran.items() if 'D=' not in x.name},
+  }
+  assert found == {
+      'D=': {
+          ('float32', 4): 15,
+          ('float32', 8): 5,
+          ('bfloat16', 4): 5,
+          ('bfloat16', 8): 5,
+      },
+      'train': {'pretrain': 5, 'finetune': 5, 'moe': 15},
+  }
+
+
 def test_a_share_of_the_ceiling_has_the_goal_of_the_suite(monkeypatch):
   header = train_step.HEADER
   entry = {'speed': 0.81, 'ceiling': 0.9}
