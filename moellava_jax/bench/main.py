@@ -14,7 +14,7 @@ machine alone meanwhile: cases run in turns, but what disturbs one run disturbs
 its ratio. `--smoke` runs the smallest sizes, to see that everything works.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 import contextlib
 import dataclasses
 import functools
@@ -60,7 +60,6 @@ def cases(
     suite: str,
     repeats: int,
     smoke: bool,
-    done: Mapping[str, Any] | None = None,
 ) -> list[Case]:
   """The cases of a suite.
 
@@ -68,12 +67,11 @@ def cases(
     suite: one of `SUITES` without peers.
     repeats: runs of each, three times as many on the CPU where there is a goal.
     smoke: only the smallest.
-    done: the results so far, which some are made of; grows with them.
   """
   kinds = ('layer', 'decode', 'train') if smoke or suite == 'cpu' else ()
   found = []
   if 'layer' in kinds or suite == 'gpu_layer':
-    found += _layers(suite, repeats, smoke, {} if done is None else done)
+    found += _layers(suite, repeats, smoke)
   if 'decode' in kinds or suite == 'gpu_decode':
     found += _decoders(suite, repeats, smoke)
   if 'train' in kinds or suite == 'gpu_train':
@@ -83,9 +81,7 @@ def cases(
   return found
 
 
-def _layers(
-    suite: str, repeats: int, smoke: bool, done: Mapping[str, Any]
-) -> list[Case]:
+def _layers(suite: str, repeats: int, smoke: bool) -> list[Case]:
   if smoke:
     layers = [moe_layer.Case(16, 32, 'gelu_tanh', 4, 64, 'float32')]
   elif suite == 'cpu':
@@ -109,7 +105,7 @@ def _layers(
           functools.partial(
               moe_layer.run,
               case,
-              _often(suite, repeats, case.experts == 4 and not smoke),
+              _often(suite, repeats, moe_layer.has_goals(case)),
           ),
           moe_layer.table,
           moe_layer.HEADER,
@@ -117,20 +113,23 @@ def _layers(
       )
       for case in layers
   ]
-  kinds: dict[moe_layer.Case, list[moe_layer.Case]] = {}
-  for case in layers:
-    kinds.setdefault(case._replace(tokens=0), []).append(case)
-  return found + [
-      Case(
-          f'growth D={kind.width} F={kind.mlp_width} E={kind.experts}',
-          functools.partial(moe_layer.growth, alike, done),
-          moe_layer.growth_table,
-          moe_layer.GROWTH_HEADER,
-          legend=moe_layer.GROWTH_LEGEND,
-      )
-      for kind, alike in kinds.items()
-      if len(alike) > 1
-  ]
+  if suite == 'cpu' and not smoke:
+    case, tokens = layers[0], [layer.tokens for layer in layers]
+    found.append(
+        Case(
+            f'growth D={case.width} F={case.mlp_width} E={case.experts}',
+            functools.partial(
+                moe_layer.growth,
+                case,
+                (min(tokens), max(tokens)),
+                _often(suite, repeats, True),
+            ),
+            moe_layer.growth_table,
+            moe_layer.GROWTH_HEADER,
+            legend=moe_layer.GROWTH_LEGEND,
+        )
+    )
+  return found
 
 
 def _decoders(suite: str, repeats: int, smoke: bool) -> list[Case]:
@@ -306,7 +305,7 @@ def run(suite: str, out: str, repeats: int, smoke: bool) -> None:
       settings['peers'] = torch.about
     results = measure.Results(out, suite, settings)
     if torch is None:
-      listed = cases(suite, repeats, smoke, results.cases)
+      listed = cases(suite, repeats, smoke)
     else:
       listed = _comparisons(suite, repeats, smoke, torch)
     for n, case in enumerate(listed, 1):

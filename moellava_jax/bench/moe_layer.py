@@ -18,7 +18,7 @@ Goals are of 4 experts and 4096 tokens in fp32 on a CPU, as a multiple of the fl
 and of how the time of a way grows from 1024 to 16384 tokens.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 import dataclasses
 import functools
 from typing import Any, NamedTuple
@@ -126,13 +126,7 @@ MOST_GROWTH = {16: 17.0}
 
 def run(case: Case, repeats: int) -> dict[str, Any]:
   """Times over the dense FFN's, by way: forward, and with backward."""
-  ways = {
-      name: way
-      for name, way in WAYS.items()
-      if case.tokens <= _MOST_IN_LARGE_GROUPS
-      or way.dispatch != 'einsum'
-      or way.tokens(case) <= 256
-  }
+  ways = {name: way for name, way in WAYS.items() if _is_measured(case, name)}
   made = {name: programs(case, name) for name in ('dense', *ways)}
   found: dict[str, Any] = {'flops_forward': _flops(case)}
   for n, phase in enumerate(PHASES):
@@ -145,40 +139,64 @@ def run(case: Case, repeats: int) -> dict[str, Any]:
       entry[phase] = {'seconds': time._asdict(), 'ratio': time.median / dense}
       if name != 'dense':
         entry[phase]['floor'] = ways[name].floors(case)[phase]
-      if _has_goals(case) and name in GOALS:
+      if has_goals(case) and name in GOALS:
         entry[phase]['goal'] = GOALS[name][n]
   return found
 
 
-def _has_goals(case: Case) -> bool:
+def _is_measured(case: Case, way: str) -> bool:
+  """Whether a way is not too large for the tokens of a case."""
+  few = case.tokens <= _MOST_IN_LARGE_GROUPS
+  return few or WAYS[way].dispatch != 'einsum' or WAYS[way].tokens(case) <= 256
+
+
+def has_goals(case: Case) -> bool:
   """Whether it is the layer of the goals."""
   size = (case.experts, case.tokens, case.dtype)
   return size == (4, 4096, 'float32') and jax.default_backend() == 'cpu'
 
 
-def growth(
-    cases: Sequence[Case], found: Mapping[str, Any]
-) -> dict[str, dict[str, Any]]:
-  """Of a layer, how the time of each way grows with the tokens.
+def growth(case: Case, tokens: tuple[int, int], repeats: int) -> dict[str, Any]:
+  """How the time of each way grows with the tokens.
+
+  All in turns, few tokens and many: what a machine does at a time changes by
+  more in minutes than the ways differ.
 
   Args:
-    cases: of one layer.
-    found: by the name of a case, what `run` returned.
+    case: the layer; its own tokens do not matter.
+    tokens: the least and the most; ways with large groups end at
+      `_MOST_IN_LARGE_GROUPS`.
+    repeats: runs of each.
 
   Returns:
-    By way the tokens between which it is measured (`tokens`), and by phase how
-    many times as long the most take as the least.
+    By way the tokens between which it is measured (`tokens`), and by phase the
+    `seconds` of both and how many times as long the most take (`growth`).
   """
-  cases = sorted(cases, key=lambda case: case.tokens)
-  grown = {}
-  for way in ('dense', *WAYS):
-    of_way = [c for c in cases if way in found[c.name]]
-    first, last = (found[c.name][way] for c in (of_way[0], of_way[-1]))
-    entry: dict[str, Any] = {'tokens': [of_way[0].tokens, of_way[-1].tokens]}
-    for phase in PHASES:
-      times = [x[phase]['seconds']['median'] for x in (first, last)]
-      entry[phase] = times[1] / times[0]
-    grown[way] = entry
+  few, many = (case._replace(tokens=n) for n in tokens)
+  middle = case._replace(tokens=min(_MOST_IN_LARGE_GROUPS, tokens[1]))
+  ends = {
+      way: (few, many if way == 'dense' or _is_measured(many, way) else middle)
+      for way in ('dense', *WAYS)
+  }
+  made = {
+      (way, end.tokens): programs(end, way)
+      for way, pair in ends.items()
+      for end in pair
+  }
+  grown: dict[str, Any] = {
+      way: {'tokens': [end.tokens for end in pair]}
+      for way, pair in ends.items()
+  }
+  for phase in PHASES:
+    times = measure.interleaved(
+        {key: each[phase] for key, each in made.items()}, repeats
+    )
+    for way, entry in grown.items():
+      of_way = [times[way, count] for count in entry['tokens']]
+      entry[phase] = {
+          'seconds': [time._asdict() for time in of_way],
+          'growth': of_way[1].median / of_way[0].median,
+      }
   return grown
 
 
@@ -279,6 +297,8 @@ def growth_table(case: str, found: dict[str, Any]) -> list[tuple[str, ...]]:
   for way, entry in found.items():
     least, most = entry['tokens']
     goal = None if way == 'dense' else MOST_GROWTH.get(most // least)
-    grown = (measure.beside_goal(entry[phase], goal) for phase in PHASES)
+    grown = (
+        measure.beside_goal(entry[phase]['growth'], goal) for phase in PHASES
+    )
     rows.append((case, way, f'{least} to {most}', f'{most / least:g}', *grown))
   return rows

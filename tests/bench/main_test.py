@@ -71,55 +71,40 @@ def test_floors_are_those_of_the_arithmetic():
   assert moe_layer.WAYS['ragged'].floors(case)['forward'] == 1
 
 
-def _layer(case, repeats):
-  """As fast as the floors allow, but for what the case of the goals misses."""
-  del repeats
-  found = {'flops_forward': 1.0}
-  for name in ('dense', *moe_layer.WAYS):
-    if name == 'einsum_batch' and case.tokens > 4096:
-      continue
-    entry = found[name] = {}
-    for phase in moe_layer.PHASES:
+def test_growth_is_of_few_and_many_tokens_in_turns(monkeypatch):
+  turns = []
+
+  def interleaved(runs, repeats):
+    turns.append((list(runs), repeats))
+    found = {}
+    for way, tokens in runs:
       # The whole batch as one group costs the square.
-      seconds = case.tokens ** (2 if name == 'einsum_batch' else 1) / 1e6
-      if name == 'ragged' and case.tokens > 4096:
+      seconds = tokens ** (2 if way == 'einsum_batch' else 1) / 1e6
+      if way == 'ragged' and tokens > 4096:
         seconds *= 1.25
-      time = measure.Time(*3 * (seconds,))._asdict()
-      entry[phase] = {'seconds': time, 'ratio': 1.5}
-  return found
+      found[way, tokens] = measure.Time(*3 * (seconds,))
+    return found
 
-
-def test_growth_with_the_tokens_is_kept_and_shown(
-    tmp_path, capsys, monkeypatch
-):
-  monkeypatch.setattr(moe_layer, 'run', _layer)
-  real = main.cases
-
-  def layers(*args):
-    return [c for c in real(*args) if c.name.startswith(('D=', 'growth'))]
-
-  monkeypatch.setattr(main, 'cases', layers)
-  main.run('cpu', str(tmp_path), 2, False)
-  cases = json.loads((tmp_path / 'cpu.json').read_text())['cases']
-  grown = cases['growth D=256 F=1024 E=4']
-  assert grown['dense'] == {
-      'tokens': [1024, 16384],
-      'forward': 16.0,
-      'forward_backward': 16.0,
-  }
+  monkeypatch.setattr(measure, 'interleaved', interleaved)
+  monkeypatch.setattr(
+      moe_layer, 'programs', lambda *_: dict.fromkeys(moe_layer.PHASES)
+  )
+  (case,) = (c for c in main.cases('cpu', 2, False) if 'growth' in c.name)
+  grown = case.run()
+  assert len(turns) == len(moe_layer.PHASES)
+  for keys, repeats in turns:
+    assert repeats == 6
+    assert {('dense', 1024), ('dense', 16384), ('index', 16384)} <= {*keys}
+    assert ('einsum_2048', 16384) not in keys
+  assert grown['dense']['tokens'] == [1024, 16384]
+  assert grown['dense']['forward']['growth'] == 16
   assert grown['einsum_batch']['tokens'] == [1024, 4096]
-  assert grown['einsum_batch']['forward'] == pytest.approx(16)
-  shown = {
-      line.split()[4]: ' '.join(line.split()[5:])
-      for line in capsys.readouterr().out.splitlines()
-      if line.startswith('growth D') and 'E=4' in line
-  }
-  assert shown['einsum_batch'] == '1024 to 4096 4 16.00 16.00'
-  assert shown['dense'] == '1024 to 16384 16 16.00 16.00'
-  assert shown['index'].count('16.00 <= 17 met') == 2
-  assert shown['ragged'].count('20.00 <= 17 missed') == 2
-  # Again: made of what is there.
-  main.run('cpu', str(tmp_path), 2, False)
+  assert grown['einsum_batch']['forward']['growth'] == pytest.approx(16)
+  shown = {row[1]: row[2:] for row in case.rows(case.name, grown)}
+  assert shown['einsum_batch'] == ('1024 to 4096', '4', '16.00', '16.00')
+  assert shown['dense'] == ('1024 to 16384', '16', '16.00', '16.00')
+  assert shown['index'][2:] == ('16.00 <= 17 met',) * 2
+  assert shown['ragged'][2:] == ('20.00 <= 17 missed',) * 2
 
 
 def test_a_layer_has_the_goals_of_its_size(monkeypatch):
@@ -156,23 +141,15 @@ def test_what_has_a_goal_on_a_cpu_runs_three_times_as_often(monkeypatch):
   monkeypatch.setattr(moe_layer, 'run', noted)
   monkeypatch.setattr(train_step, 'run', noted)
   monkeypatch.setattr(main, '_peak', lambda dtype: 1.0)
-  for suite in ('cpu', 'gpu_layer'):
-    for case in main.cases(suite, 5, False):
-      if case.name.startswith(('D=', 'train')):
-        case.run()
-  found = {
-      'D=': {(x.dtype, x.experts): n for x, n in ran.items() if 'D=' in x.name},
-      'train': {x.stage: n for x, n in ran.items() if 'D=' not in x.name},
-  }
-  assert found == {
-      'D=': {
-          ('float32', 4): 15,
-          ('float32', 8): 5,
-          ('bfloat16', 4): 5,
-          ('bfloat16', 8): 5,
-      },
-      'train': {'pretrain': 5, 'finetune': 5, 'moe': 15},
-  }
+  for case in main.cases('cpu', 5, False):
+    if case.name.startswith(('D=', 'train')):
+      case.run()
+  layers = {x for x in ran if isinstance(x, moe_layer.Case)}
+  often = {(x.experts, x.tokens) for x in layers if ran[x] == 15}
+  assert often == {(4, 4096)}
+  assert {ran[x] for x in layers} == {5, 15}
+  stages = {x.stage: n for x, n in ran.items() if x not in layers}
+  assert stages == {'pretrain': 5, 'finetune': 5, 'moe': 15}
 
 
 def test_a_share_of_the_ceiling_has_the_goal_of_the_suite(monkeypatch):
