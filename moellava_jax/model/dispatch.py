@@ -69,7 +69,7 @@ def resolve(dispatch: str, platform: str, *, quiet: bool = False) -> str:
 _AUTO = {
     'cpu': (
         'index',
-        'products took 0.9 to 4.0 times as long, in groups of the same size',
+        'products took 1.2 to 4.9 times as long, in groups of the same size',
     ),
     'gpu': ('index', 'it has no products to carry tokens (not measured)'),
     'tpu': ('einsum', 'it makes the one-hot factors on the fly (not measured)'),
