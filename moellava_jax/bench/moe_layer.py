@@ -188,9 +188,11 @@ def growth(case: Case, tokens: tuple[int, int], repeats: int) -> dict[str, Any]:
       for way, pair in ends.items()
   }
   for phase in PHASES:
-    times = measure.interleaved(
-        {key: each[phase] for key, each in made.items()}, repeats
-    )
+    timed = {
+        key: functools.partial(measure.seconds, each[phase])
+        for key, each in made.items()
+    }
+    times = measure.in_turns(timed, repeats)
     for way, entry in grown.items():
       of_way = [times[way, count] for count in entry['tokens']]
       entry[phase] = {

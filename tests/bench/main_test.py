@@ -74,7 +74,7 @@ def test_floors_are_those_of_the_arithmetic():
 def test_growth_is_of_few_and_many_tokens_in_turns(monkeypatch):
   turns = []
 
-  def interleaved(runs, repeats):
+  def in_turns(runs, repeats):
     turns.append((list(runs), repeats))
     found = {}
     for way, tokens in runs:
@@ -85,7 +85,7 @@ def test_growth_is_of_few_and_many_tokens_in_turns(monkeypatch):
       found[way, tokens] = measure.Time(*3 * (seconds,))
     return found
 
-  monkeypatch.setattr(measure, 'interleaved', interleaved)
+  monkeypatch.setattr(measure, 'in_turns', in_turns)
   monkeypatch.setattr(
       moe_layer, 'programs', lambda *_: dict.fromkeys(moe_layer.PHASES)
   )
