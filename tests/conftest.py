@@ -31,12 +31,14 @@ for _name, _value in {
 }.items():
   os.environ.setdefault(_name, _value)
 
-# Eight devices, so that meshes with several axes run on any machine. LLVM's
-# optimisations take as long as all else here, and tests run nothing for long.
+# Eight devices, so that meshes with several axes run on any machine. Compiling
+# takes as long as all else here, and tests run nothing for long: no LLVM
+# optimisations, and the older fusion emitter, which compiles faster.
 os.environ['XLA_FLAGS'] = (
     os.environ.get('XLA_FLAGS', '')
     + ' --xla_force_host_platform_device_count=8'
     + ' --xla_backend_optimization_level=0'
+    + ' --xla_cpu_use_fusion_emitters=false'
 )
 
 if os.environ['JAX_PLATFORMS'] != 'cpu':
